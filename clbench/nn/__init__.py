@@ -1,0 +1,1 @@
+"""Parts that strategies and scenarios share: no policy, only mechanism."""
