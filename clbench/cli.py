@@ -1,0 +1,188 @@
+"""Hydra composes, this checks, runs and reports; a mistake is one message and no traceback."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException, MissingConfigException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from clbench import userspace
+from clbench.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from clbench.protocol import Names
+    from clbench.results import Result, RunFolder
+
+#: Exit codes: a mistake to mend; a run that did not complete.
+MISTAKE, INCOMPLETE, INTERRUPTED = 2, 1, 130
+
+
+def main() -> int:
+    """Runs the command line; returns the exit code."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions reach us whole
+    codes: list[int] = []
+
+    def job(cfg: DictConfig) -> None:
+        codes.append(_guarded(lambda: _job(cfg)))
+
+    def composed() -> int:
+        own = userspace.join(Path.cwd())
+        if own:
+            _append_to_search_path(own)
+        arguments = sys.argv[1:]
+        if {"-m", "--multirun"} & set(arguments):
+            # Hydra writes a multirun.yaml; run folders hold all of it and more.
+            sys.argv.append(f"hydra.sweep.dir={tempfile.mkdtemp(prefix='clbench-sweep-')}")
+        path = str(userspace.configuration())
+        hydra.main(version_base="1.3", config_path=path, config_name="config")(job)()
+        return max(codes, default=0)
+
+    return _guarded(composed)
+
+
+def _guarded(action: Callable[[], int]) -> int:
+    """Turns what a user can mend into one message and an exit code."""
+    try:
+        return action()
+    except UserError as error:
+        message = str(error)
+    except MissingConfigException as error:
+        message = _unknown_choice(error)
+    except (HydraException, OmegaConfBaseException) as error:
+        message = _composition(error)
+    except KeyboardInterrupt:
+        print("Interrupted. The same command continues from the last experience.", file=sys.stderr)
+        return INTERRUPTED
+    print(f"error: {message}", file=sys.stderr)
+    return MISTAKE
+
+
+def _append_to_search_path(folder: Path) -> None:
+    class UserConfiguration(SearchPathPlugin):
+        """The conf folder of the user's working folder, after the suite's."""
+
+        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            search_path.append(provider="user", path=f"file://{folder}")
+
+    Plugins.instance().register(UserConfiguration)
+
+
+def _unknown_choice(error: MissingConfigException) -> str:
+    """ "strategy/ewcc" to "No strategy 'ewcc'. Did you mean 'ewc'? ..."."""
+    group, _, name = (error.missing_cfg_file or "").rpartition("/")
+    if not group:
+        return str(error).splitlines()[0]
+    return f"No {group} '{name}'. {did_you_mean(name, error.options or ())}"
+
+
+def _composition(error: Exception) -> str:
+    """Hydra's message; for a key that does not exist, ours with the nearest one."""
+    text = str(error)
+    unknown = re.search(r"Could not (?:override|append).*?'([^'=]+)", text)
+    if unknown:
+        from hydra import compose, initialize_config_dir
+
+        with initialize_config_dir(str(userspace.configuration()), version_base="1.3"):
+            known = _paths(OmegaConf.to_container(compose("config"), resolve=False))
+        key = unknown[1].split("@")[0].lstrip("+~")
+        if key not in known:
+            top = [k for k in known if k.count(".") <= key.count(".")]
+            return f"No option '{key}'. {did_you_mean(key, top)}"
+    return "\n".join(line for line in text.splitlines() if "HYDRA_FULL_ERROR" not in line).strip()
+
+
+def _paths(tree: Any, prefix: str = "") -> list[str]:
+    if not isinstance(tree, dict):
+        return []
+    return [p for k, v in tree.items() for p in (f"{prefix}{k}", *_paths(v, f"{prefix}{k}."))]
+
+
+def _job(cfg: DictConfig) -> int:
+    phases = {"run": _run, "report": _report}
+    phase = str(cfg.phase)
+    if phase not in phases:
+        raise UserError(f"No phase '{phase}'. {did_you_mean(phase, phases)}")
+    return phases[phase](cfg)
+
+
+def _report(cfg: DictConfig) -> int:
+    from clbench.report import write
+
+    for path in write(Path(cfg.results_dir)):
+        print(path)
+    return 0
+
+
+def _run(cfg: DictConfig) -> int:
+    """One run, or the word that it is there already."""
+    from clbench import config, protocol
+    from clbench.results import RunFolder
+    from clbench.types import Scenario, Strategy
+
+    tree: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    scenario = config.build(tree["scenario"], Scenario, "scenario")
+    strategy = config.build(tree["strategy"], Strategy, "strategy")
+    names = _names()
+    keys = protocol.Conditions.__dataclass_fields__
+    conditions = config.fill(protocol.Conditions, {k: tree[k] for k in keys}, "")
+    strategy.check(scenario)
+    scenario.check(conditions.split)
+    identity = protocol.identify(scenario, strategy, conditions, names)
+    folder = RunFolder(Path(tree["results_dir"]), identity["run_id"])
+    with folder.claim():
+        earlier = None if tree["force"] else folder.result()
+        if earlier and earlier.status != "failed":
+            print("This run is there already; force=true repeats it.", file=sys.stderr)
+            return _show(earlier, folder)
+        if earlier or tree["force"]:
+            folder.clear()
+        folder.write_config(OmegaConf.to_yaml(OmegaConf.create(tree)))
+        with _progress(names, conditions.seed, bool(tree["progress"])) as progress:
+            result = protocol.run(
+                scenario, strategy, conditions, names=names, folder=folder, progress=progress
+            )
+        return _show(result, folder)
+
+
+def _names() -> Names:
+    from clbench.protocol import Names
+
+    choices = HydraConfig.get().runtime.choices
+    return Names(choices.scenario, choices.strategy, choices.get("strategy@strategy.base"))
+
+
+def _progress(names: Names, seed: int, shown: bool) -> Any:
+    from contextlib import nullcontext
+
+    from clbench.progress import Bar, Silent
+
+    label = "+".join(filter(None, (names.strategy, names.base)))
+    return Bar(f"{names.scenario} {label} seed {seed}") if shown else nullcontext(Silent())
+
+
+def _show(result: Result, folder: RunFolder) -> int:
+    from rich.console import Console
+
+    from clbench.display import tables
+
+    console = Console()
+    for table in tables(result):
+        console.print(table)
+    print(f"{folder.path}")
+    if result.status == "complete":
+        return 0
+    print(f"error: the run {result.status}: {result.reason}", file=sys.stderr)
+    return INCOMPLETE

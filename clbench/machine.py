@@ -1,0 +1,167 @@
+"""The machine a run is on: device, threads, random numbers, facts for the record."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from clbench.errors import UserError
+from clbench.types import derive_seed
+
+#: Operations in a forward pass of one training batch above which a second thread pays.
+#: An MLP 784-400-400-10 with 64 samples (6e7) runs 1.7 x faster on one thread than on two,
+#: a slim ResNet-18 with 32 samples (3e9) runs 1.7 x faster on two.
+FLOPS_PER_STEP_FOR_THREADS = 5e8
+
+
+def choose_device(name: str) -> torch.device:
+    """The device for "auto", "cpu" or "cuda".
+
+    Raises:
+        UserError: If there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"device={name} is unknown. Use auto, cpu or cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: PyTorch sees no CUDA device here. Use device=auto or cpu.")
+    return torch.device(name)
+
+
+def forward_flops(model: nn.Module, inputs: Tensor) -> int:
+    """Floating-point operations of one forward pass, counted by PyTorch's own counter."""
+    training = model.training
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(inputs)
+    model.train(training)
+    return int(counter.get_total_flops())
+
+
+def choose_threads(threads: int, flops_per_step: float) -> int:
+    """How many CPU threads PyTorch should use.
+
+    Args:
+        threads: What the user asked for; 0: choose by the size of the work.
+        flops_per_step: Operations of a forward pass over one training batch.
+    """
+    if threads:
+        return threads
+    return available_cores() if flops_per_step >= FLOPS_PER_STEP_FOR_THREADS else 1
+
+
+def available_cores() -> int:
+    """CPU cores this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def thread_count(threads: int) -> Iterator[None]:
+    """Runs the block with this many PyTorch threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def isolated_rng(seed: int, purpose: str) -> Iterator[None]:
+    """Seeds every global generator for the block, and puts them back afterwards.
+
+    The suite draws from generators of its own; dropout, initialisers and third-party code
+    draw from the global ones, so these too are a function of (seed, purpose).
+    """
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    python, numpy = random.getstate(), np.random.get_state()
+    derived = derive_seed(seed, purpose)
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(derived)
+        random.seed(derived)
+        np.random.seed(derived % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Starts a new measurement of peak device memory."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: allocated on the GPU since the last reset, or resident in this process so far."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits for the device, so that a clock read now is true."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def environment(device: torch.device, threads: int) -> Mapping[str, Any]:
+    """What decides the bits of a result, without names of hosts, users or folders."""
+    packages = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "hydra-core")
+    return {
+        "clbench": version("clbench"),
+        "code": code_version(),
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": threads,
+        **{name: version(name) for name in packages},
+    }
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package, None where it is absent."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def code_version() -> str:
+    """The git commit of this checkout ("+dirty" if it was changed), or the wheel's version."""
+    root = Path(__file__).parents[1]
+    if (root / ".git").exists():
+        try:
+            commit = _git(root, "rev-parse", "--short=12", "HEAD")
+            dirty = _git(root, "status", "--porcelain", "--untracked-files=no")
+            return commit + ("+dirty" if dirty else "")
+        except (OSError, subprocess.SubprocessError):
+            pass
+    return f"wheel {version('clbench')}"
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
+    )
+    return done.stdout.strip()

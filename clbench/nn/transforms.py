@@ -1,0 +1,83 @@
+"""Augmentation and normalisation of whole batches, on the device that holds them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Transform(ABC):
+    """Turns stored samples into model inputs."""
+
+    @abstractmethod
+    def train(self, raw: Tensor, generator: torch.Generator) -> Tensor:
+        """Inputs for a training step: augmented, then as `test`. [B, ...] to [B, ...]."""
+
+    @abstractmethod
+    def test(self, raw: Tensor) -> Tensor:
+        """Inputs for an evaluation. [B, ...] to [B, ...]."""
+
+
+class Identity(Transform):
+    """Samples are already what the model reads."""
+
+    def train(self, raw: Tensor, generator: torch.Generator) -> Tensor:  # noqa: ARG002
+        return raw
+
+    def test(self, raw: Tensor) -> Tensor:
+        return raw
+
+
+class ImageTransform(Transform):
+    """uint8 images to normalised floats, with random crops and mirror images in training.
+
+    Args:
+        mean: Per channel, in [0, 1].
+        std: Per channel, in (0, 1].
+        crop_padding: Zero pixels put round the image before a crop of its own size; 0: no crop.
+        flip: Mirror half of the images left to right.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        crop_padding: int = 0,
+        flip: bool = False,
+    ) -> None:
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.crop_padding, self.flip = crop_padding, flip
+        # One multiplication and one addition: (x/255 - mean) / std = x * scale + shift.
+        self._scale = torch.tensor([1 / (255 * s) for s in std]).view(-1, 1, 1)
+        self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(-1, 1, 1)
+
+    def train(self, raw: Tensor, generator: torch.Generator) -> Tensor:
+        return self.test(self.augment(raw, generator))
+
+    def test(self, raw: Tensor) -> Tensor:
+        if self._scale.device != raw.device:
+            self._scale, self._shift = self._scale.to(raw.device), self._shift.to(raw.device)
+        return raw.float().mul_(self._scale).add_(self._shift)
+
+    def augment(self, raw: Tensor, generator: torch.Generator) -> Tensor:
+        """The random part alone: [B, C, H, W] to [B, C, H, W], same type."""
+        if not (self.crop_padding or self.flip):
+            return raw
+        n, _, height, width = raw.shape
+        device = raw.device
+        rows = torch.arange(height, device=device).expand(n, height)
+        columns = torch.arange(width, device=device).expand(n, width)
+        if self.flip:
+            mirrored = torch.rand(n, 1, generator=generator, device=device) < 0.5
+            columns = torch.where(mirrored, width - 1 - columns, columns)
+        if pad := self.crop_padding:
+            raw = torch.nn.functional.pad(raw, (pad, pad, pad, pad))
+            shift = torch.randint(2 * pad + 1, (2, n, 1), generator=generator, device=device)
+            rows, columns = rows + shift[0], columns + shift[1]
+        batch = torch.arange(n, device=device)[:, None, None]
+        # Advanced indices round a slice move the channels last: [B, H, W, C].
+        picked = raw[batch, :, rows[:, :, None], columns[:, None, :]]
+        return picked.permute(0, 3, 1, 2)

@@ -1,0 +1,348 @@
+"""The loop: learn an experience, score every experience met so far, save; then the next."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from clbench import checkpoint, machine, metrics
+from clbench.config import options
+from clbench.errors import Diverged, UserError
+from clbench.progress import Progress, Silent
+from clbench.results import Result, RunFolder, run_id
+from clbench.samples import Batch
+from clbench.state import capture, restore
+from clbench.types import Context, Experience, Scenario, Setting, Split, Strategy, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """Everything about a run that is neither scenario nor strategy.
+
+    Attributes:
+        seed: Decides class order, initialisation and minibatch order.
+        split: Which part of the data.
+        device: "auto", "cpu" or "cuda".
+        precision: "fp32", or "bf16" for automatic mixed precision.
+        threads: CPU threads; 0: chosen by the size of the model.
+        evaluate_every: Training steps between evaluations within an experience; 0: none.
+        evaluate_samples: Test samples of an experience that these look at, at most.
+        evaluate_batch_size: Samples predicted at once.
+    """
+
+    seed: int = 0
+    split: Split = Split.EVALUATE
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    threads: int = 0
+    evaluate_every: int = 0
+    evaluate_samples: int = 1000
+    evaluate_batch_size: int = 1000
+
+    def __post_init__(self) -> None:
+        require(self, "seed", "threads", "evaluate_every", at_least=0)
+        require(self, "evaluate_samples", "evaluate_batch_size", at_least=1)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers, besides the seed."""
+        content = asdict(self)
+        del content["seed"], content["device"]
+        return {**content, "split": self.split.value}
+
+
+@dataclass(frozen=True)
+class Names:
+    """What people call the parts of a run.
+
+    Attributes:
+        scenario: Name of its YAML.
+        strategy: Name of its YAML.
+        base: Of the strategy that the strategy wraps, if it wraps one.
+    """
+
+    scenario: str
+    strategy: str
+    base: str | None = None
+
+
+def identify(
+    scenario: Scenario,
+    strategy: Strategy,
+    conditions: Conditions,
+    names: Names | None = None,
+) -> dict[str, Any]:
+    """The "run" part of a result: what is run, and the id that follows from it.
+
+    Args:
+        scenario: Its options.
+        strategy: Its hyper-parameters.
+        conditions: Of the run.
+        names: Of scenario and strategy, for people; default: their classes'.
+    """
+    chosen = {"scenario": options(scenario), "strategy": options(strategy)}
+    names = names or Names(type(scenario).__name__.lower(), type(strategy).__name__.lower())
+    label = ".".join(filter(None, (names.strategy, names.base)))
+    identity = {**chosen, "data": dict(scenario.fingerprint()), **conditions.identity()}
+    return {
+        "run_id": run_id(names.scenario, label, conditions.seed, identity),
+        "scenario": names.scenario,
+        "strategy": names.strategy,
+        "base": names.base,
+        "setting": scenario.setting.value,
+        "split": conditions.split.value,
+        "seed": conditions.seed,
+        "precision": conditions.precision,
+        "options": chosen,
+        "tuned": None,
+    }
+
+
+def run(
+    scenario: Scenario,
+    strategy: Strategy,
+    conditions: Conditions = Conditions(),
+    *,
+    names: Names | None = None,
+    folder: RunFolder | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Runs one strategy through one stream.
+
+    Args:
+        scenario: The stream, the model and the budget.
+        strategy: The method; not set up yet.
+        conditions: Seed, split, device, ...
+        names: Of scenario and strategy, for people.
+        folder: Where checkpoints and the result go; None: nowhere.
+        progress: Told how far the run is.
+
+    Returns:
+        The result: complete, or diverged with the reason.
+
+    Raises:
+        UserError: If the pair can't work or the disk refuses.
+    """
+    strategy.check(scenario)
+    scenario.check(conditions.split)
+    result = Result(run=identify(scenario, strategy, conditions, names))
+    loop = _Loop(scenario, strategy, conditions, result, folder, progress or Silent())
+    try:
+        loop.run()
+    except Diverged as error:
+        result.status, result.reason = "diverged", str(error)
+    except (UserError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        result.status, result.reason = "failed", f"{type(error).__name__}: {error}"
+        if folder:
+            folder.log(traceback.format_exc())
+            folder.write_result(result)
+        raise
+    if folder:
+        folder.write_result(result)
+        folder.log(f"{result.status}" + (f": {result.reason}" if result.reason else ""))
+        checkpoint.discard(folder.checkpoint)
+    return result
+
+
+class _Loop:
+    """The state of one run in progress."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        strategy: Strategy,
+        conditions: Conditions,
+        result: Result,
+        folder: RunFolder | None,
+        progress: Progress,
+    ) -> None:
+        self.scenario, self.strategy, self.conditions = scenario, strategy, conditions
+        self.result, self.folder, self.progress = result, folder, progress
+        self.device = machine.choose_device(conditions.device)
+        self.objective = scenario.objective()
+        self.step = 0
+        self.evaluating = 0.0
+        self.costs: dict[str, float | int] = {
+            "train_seconds": 0.0,
+            "evaluate_seconds": 0.0,
+            "train_samples": 0,
+        }
+
+    def run(self) -> None:
+        """Every experience: learn, score, save."""
+        seed = self.conditions.seed
+        with machine.isolated_rng(seed, "stream"):
+            stream = self.scenario.stream(self.conditions.split, seed)
+        with machine.isolated_rng(seed, "model"):
+            model = self.scenario.model(seed, stream)
+        self.stream = stream.to(self.device)
+        model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        threads = self._describe(model)
+        with machine.thread_count(threads):
+            self._set_up(model)
+            start = self._resume()
+            for experience in self.stream.experiences[start:]:
+                if self.strategy.revisits:
+                    self.context.seen = list(self.stream.experiences[: experience.index + 1])
+                self._learn(experience)
+                self._score(experience)
+                self._save(experience)
+        self._conclude(model)
+
+    def _describe(self, model: torch.nn.Module) -> int:
+        """Facts about stream, model and machine for the record; returns the thread count."""
+        first = self.stream.experiences[0].train or self.stream.tests[0]
+        sample = first.take(torch.zeros(1, dtype=torch.int64, device=self.device))
+        flops = machine.forward_flops(model, sample.inputs)
+        threads = machine.choose_threads(self.conditions.threads, flops * self.scenario.batch_size)
+        parameters = sum(p.numel() for p in model.parameters())
+        self.costs |= {"parameters": parameters, "forward_flops": flops}
+        self.result.experiences = [e.name for e in self.stream.experiences]
+        self.result.test_sizes = [len(t) for t in self.stream.tests]
+        self.result.scenario_facts = dict(self.stream.facts)
+        self.result.environment = dict(machine.environment(self.device, threads))
+        return threads
+
+    def _set_up(self, model: torch.nn.Module) -> None:
+        machine.reset_peak_memory(self.device)
+        self.context = Context(
+            device=self.device,
+            seed=self.conditions.seed,
+            scenario=self.scenario,
+            objective=self.objective,
+            transform=self.stream.transform,
+            n_outputs=self.stream.n_outputs,
+            precision=self.conditions.precision,
+            on_step=self._on_step,
+        )
+        with machine.isolated_rng(self.conditions.seed, "setup"):
+            self.strategy.setup(model, self.context)
+
+    def _learn(self, experience: Experience) -> None:
+        visits = 0 if experience.train is None else len(experience.train) * self.scenario.epochs
+        count = len(self.stream.experiences)
+        self.progress.start(f"experience {experience.index + 1}/{count}", visits)
+        self.experience, self.evaluating = experience, 0.0
+        machine.synchronise(self.device)
+        began = time.perf_counter()
+        with machine.isolated_rng(self.conditions.seed, f"learn {experience.index}"):
+            self.strategy.learn(experience)
+        machine.synchronise(self.device)
+        self.costs["train_seconds"] += time.perf_counter() - began - self.evaluating
+
+    def _score(self, experience: Experience) -> None:
+        """A new row of every matrix."""
+        began = time.perf_counter()
+        everything = self.scenario.setting != Setting.CLASS_INCREMENTAL
+        upto = len(self.stream.tests) if everything else experience.index + 1
+        scores = self._scores(upto)
+        unknown = [None] * (len(self.stream.tests) - upto)
+        self.result.accuracy_matrix.append([*scores["accuracy"], *unknown])
+        if "task_aware_accuracy" in scores:
+            row = [*scores["task_aware_accuracy"], *unknown]
+            self.result.task_aware_accuracy_matrix.append(row)
+        self.costs["evaluate_seconds"] += time.perf_counter() - began
+        met = scores["accuracy"][: experience.index + 1]
+        summary = f"average accuracy {sum(met) / len(met):.3f} over {len(met)}"
+        self.progress.finish(summary)
+        if self.folder:
+            self.folder.log(f"experience {experience.index + 1}: {summary}")
+
+    def _scores(self, upto: int, at_most: int = 0) -> Mapping[str, list[float]]:
+        tests = list(self.stream.tests[:upto])
+        if at_most:
+            tests = [
+                t.subset(torch.arange(0, len(t), -(-len(t) // at_most), device=self.device))
+                for t in tests
+            ]
+        grad: Any = nullcontext() if self.strategy.adapts else torch.inference_mode()
+        with grad, machine.isolated_rng(self.conditions.seed, "score"):
+            return self.objective.score(
+                self._predict,
+                tests,
+                self.stream.experiences[:upto],
+                self.conditions.evaluate_batch_size,
+            )
+
+    @property
+    def _predict(self) -> Callable[[Batch], Tensor]:
+        return self.strategy.predict
+
+    def _on_step(self, samples: int) -> None:
+        """After every training step: count, show, and evaluate when it is time."""
+        self.step += 1
+        self.costs["train_samples"] += samples
+        self.progress.advance(samples)
+        every = self.conditions.evaluate_every
+        if every and self.step % every == 0:
+            began = time.perf_counter()
+            scores = self._scores(self.experience.index + 1, self.conditions.evaluate_samples)
+            self.result.evaluations.append(
+                {
+                    "step": self.step,
+                    "experience": self.experience.index,
+                    "accuracies": scores["accuracy"],
+                }
+            )
+            spent = time.perf_counter() - began
+            self.evaluating += spent
+            self.costs["evaluate_seconds"] += spent
+
+    def _save(self, experience: Experience) -> None:
+        if self.folder is None or experience.index + 1 == len(self.stream.experiences):
+            return
+        content = {
+            "next": experience.index + 1,
+            "step": self.step,
+            "threads": torch.get_num_threads(),
+            "strategy": capture(self.strategy),
+            "generators": {k: g.get_state() for k, g in self.context.generators.items()},
+            "costs": self.costs,
+            "accuracy_matrix": self.result.accuracy_matrix,
+            "task_aware_accuracy_matrix": self.result.task_aware_accuracy_matrix,
+            "evaluations": self.result.evaluations,
+        }
+        checkpoint.save(self.folder.checkpoint, content)
+
+    def _resume(self) -> int:
+        """Continues an interrupted run; returns the experience to learn next."""
+        saved = checkpoint.load(self.folder.checkpoint, self.device) if self.folder else None
+        if saved is None or self.folder is None:
+            return 0
+        self.step, self.costs = saved["step"], saved["costs"]
+        self.result.accuracy_matrix = saved["accuracy_matrix"]
+        self.result.task_aware_accuracy_matrix = saved["task_aware_accuracy_matrix"]
+        self.result.evaluations = saved["evaluations"]
+        restore(self.strategy, saved["strategy"])
+        for key, state in saved["generators"].items():
+            purpose, _, kind = key.rpartition("@")
+            self.context.generator(purpose, torch.device(kind)).set_state(state.cpu())
+        torch.set_num_threads(saved["threads"])  # another count would give other bits
+        self.result.environment["threads"] = saved["threads"]
+        self.folder.log(f"resumed after experience {saved['next']}")
+        return int(saved["next"])
+
+    def _conclude(self, model: torch.nn.Module) -> None:
+        """Metrics and the remaining costs."""
+        sizes = self.result.test_sizes
+        self.result.metrics = metrics.summary(self.result.accuracy_matrix, sizes)
+        if self.result.task_aware_accuracy_matrix:
+            self.result.task_aware_metrics = metrics.summary(
+                self.result.task_aware_accuracy_matrix, sizes
+            )
+        if self.result.evaluations:
+            self.result.metrics |= metrics.anytime_summary(self.result.evaluations, len(sizes))
+        self.result.costs = {
+            **self.costs,
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "memory_samples": self.strategy.memory_samples,
+            "peak_memory_bytes": machine.peak_memory(self.device),
+        }

@@ -1,0 +1,240 @@
+"""One run is one folder, written once; many folders are one table."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clbench.errors import UserError
+from clbench.files import unwritable, write_atomically
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA = 1
+#: Raised when the same configuration gives other numbers than before: old runs are then repeated.
+BENCHMARK_VERSION = 1
+
+Matrix = list[list[float | None]]
+
+
+@dataclass
+class Result:
+    """What a run leaves behind; `result.json` is its JSON.
+
+    Attributes:
+        run: What was run: run_id, scenario, strategy, base, setting, split, seed, options.
+        experiences: Their names.
+        test_sizes: Test samples of each experience.
+        accuracy_matrix: [i][j]: accuracy after experience i on experience j; None: not measured.
+        task_aware_accuracy_matrix: The same where only an experience's own classes compete.
+        metrics: Of `accuracy_matrix`, see `clbench.metrics`.
+        task_aware_metrics: Of `task_aware_accuracy_matrix`.
+        evaluations: Within experiences, if asked for: step, experience, accuracies.
+        costs: Seconds, samples, bytes, parameters.
+        environment: Versions and device.
+        scenario_facts: Class names and whatever the scenario found out about its data.
+        status: "complete", "failed" or "diverged".
+        reason: Why it is not complete.
+        schema: Version of this layout.
+    """
+
+    run: dict[str, Any]
+    experiences: list[str] = field(default_factory=list)
+    test_sizes: list[int] = field(default_factory=list)
+    accuracy_matrix: Matrix = field(default_factory=list)
+    task_aware_accuracy_matrix: Matrix = field(default_factory=list)
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    task_aware_metrics: dict[str, float | None] = field(default_factory=dict)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    costs: dict[str, float | int | None] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    scenario_facts: dict[str, Any] = field(default_factory=dict)
+    status: str = "complete"
+    reason: str | None = None
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        """The text of `result.json`; refuses NaN and infinity.
+
+        A matrix is written one row to a line, so that a person can read it.
+        """
+        content = {"schema": self.schema, "status": self.status, **asdict(self)}
+        text = json.dumps(content, indent=1, allow_nan=False)
+        rows = re.compile(r"\[\s+((?:-?[\d.eE+-]+|null)(?:,\s+(?:-?[\d.eE+-]+|null))*)\s+\]")
+        return rows.sub(lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Result:
+        """Reads `result.json`.
+
+        Raises:
+            ValueError: If it is not a result of this schema.
+        """
+        content = json.loads(text)
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+            raise ValueError(f"not a result of schema {SCHEMA}")
+        try:
+            return Result(**content)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+
+
+def run_id(scenario: str, strategy: str, seed: int, identity: Mapping[str, Any]) -> str:
+    """The name of a run's folder: the same for the same numbers, on every machine.
+
+    Args:
+        scenario: Its name.
+        strategy: Its name.
+        seed: The run's seed.
+        identity: Everything else that decides the numbers, as plain data.
+    """
+    canonical = json.dumps(
+        {"benchmark": BENCHMARK_VERSION, **identity}, sort_keys=True, allow_nan=False
+    )
+    digest = hashlib.sha256(canonical.encode()).hexdigest()[:8]
+    words = [re.sub(r"[^A-Za-z0-9_.+]", "_", word)[:60] for word in (scenario, strategy)]
+    return f"{words[0]}-{words[1]}-{digest}-s{seed}"
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        root: The results folder.
+        run_id: Name of the run.
+    """
+
+    def __init__(self, root: Path, run_id: str) -> None:
+        self.path = root / "runs" / run_id
+        self.checkpoint = self.path / "checkpoint"
+
+    @property
+    def result_file(self) -> Path:
+        """`result.json`: there once the run has ended."""
+        return self.path / "result.json"
+
+    def result(self) -> Result | None:
+        """The result of an ended run; None if it has not ended or can't be read."""
+        try:
+            return Result.from_json(self.result_file.read_text())
+        except (OSError, ValueError):
+            return None
+
+    def write_config(self, text: str) -> None:
+        """Keeps the composed configuration beside the result."""
+        write_atomically(self.path / "config.yaml", text.encode())
+
+    def write_result(self, result: Result) -> None:
+        """Publishes the result: from now on the run has ended."""
+        write_atomically(self.result_file, result.to_json().encode())
+
+    def log(self, line: str) -> None:
+        """Appends a line, with the time, to `log.txt`."""
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        try:
+            with (self.path / "log.txt").open("a") as file:
+                file.write(f"{stamp} {line}\n")
+        except OSError as error:
+            raise unwritable(self.path / "log.txt", error) from error
+
+    def clear(self) -> None:
+        """Forgets an earlier attempt; the lock stays with its holder."""
+        for entry in self.path.iterdir() if self.path.is_dir() else ():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != ".lock":
+                entry.unlink()
+
+    @contextlib.contextmanager
+    def claim(self) -> Iterator[None]:
+        """Makes the folder this process's own; the claim dies with the process.
+
+        Raises:
+            UserError: If another process has it, or it can't be written.
+        """
+        import fcntl
+
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise UserError(
+                f"Another process is running {self.path.name} now. Wait for it, or choose "
+                "another seed or results_dir."
+            ) from None
+        try:
+            yield
+        finally:
+            os.close(lock)
+
+
+def read(root: str | Path = "results") -> pd.DataFrame:
+    """All ended runs below a results folder, one row each.
+
+    Args:
+        root: A results folder, or any folder above or below one.
+
+    Returns:
+        Columns: run_id, status, scenario, strategy, base, setting, split, seed, tuned; every
+        metric; every cost; task-aware metrics with the prefix "task_aware_"; options as
+        "scenario.<name>" and "strategy.<name>"; device, threads and code; `reason`; `path`.
+        Runs that did not complete keep their row, with empty metrics. A file that is no result
+        of this schema is a row with status "unreadable".
+
+    Raises:
+        UserError: If there is no such folder.
+    """
+    import pandas as pd
+
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"No results folder {root}. Run something first, or name another folder.")
+    return pd.DataFrame([_row(path) for path in sorted(root.rglob("result.json"))])
+
+
+def _row(path: Path) -> dict[str, Any]:
+    where = {"path": str(path.parent)}
+    try:
+        result = Result.from_json(path.read_text())
+    except (OSError, ValueError) as error:
+        return {"run_id": path.parent.name, "status": "unreadable", "reason": str(error), **where}
+    run = dict(result.run)
+    options = run.pop("options", {})
+    return {
+        "run_id": run.pop("run_id", path.parent.name),
+        "status": result.status,
+        **run,
+        **result.metrics,
+        **{f"task_aware_{name}": value for name, value in result.task_aware_metrics.items()},
+        **result.costs,
+        **_flat(options),
+        **{k: result.environment.get(k) for k in ("device", "threads", "code")},
+        "reason": result.reason,
+        **where,
+    }
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options as dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,190 @@
+"""Labelled data that can be drawn in batches without per-sample Python."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clbench.nn.transforms import Transform
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples, ready for the model.
+
+    Attributes:
+        inputs: What the model reads: augmented and normalised, [B, ...] float (or token ids).
+        targets: Labels, [B] int64; empty ([0]) where they are withheld.
+        raw: The samples as they are stored, before augmentation, [B, ...]; what a memory keeps.
+        index: Position of each sample in its source, [B] int64: the identity of a sample.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    raw: Tensor
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def unlabelled(self) -> Batch:
+        """The same inputs with the labels withheld."""
+        return Batch(self.inputs, self.targets.new_empty(0), self.raw, self.index)
+
+
+class Source(ABC):
+    """A store of samples: where they lie is its own business.
+
+    Attributes:
+        targets: Labels of all samples, [N] int64, on the device the source serves.
+    """
+
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def device(self) -> torch.device:
+        """Where `gather` puts its samples."""
+        return self.targets.device
+
+    @abstractmethod
+    def gather(self, index: Tensor) -> Tensor:
+        """The stored samples at `index` ([B] int64 on the source's device), [B, ...] on it."""
+
+    @abstractmethod
+    def to(self, device: torch.device) -> Source:
+        """The same samples served on `device`; itself where nothing changes."""
+
+
+class TensorSource(Source):
+    """Samples held as one tensor on the device: the fast case, for data that fit.
+
+    Args:
+        inputs: All samples, [N, ...]; uint8 for images.
+        targets: Their labels, [N] int64.
+    """
+
+    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
+        if len(inputs) != len(targets):
+            raise ValueError(f"{len(inputs)} samples but {len(targets)} targets")
+        self.inputs, self.targets = inputs, targets
+
+    def gather(self, index: Tensor) -> Tensor:
+        return self.inputs.index_select(0, index)
+
+    def to(self, device: torch.device) -> Source:
+        if device == self.device:
+            return self
+        return TensorSource(self.inputs.to(device), self.targets.to(device))
+
+
+class MappedSource(Source):
+    """Samples in a memory-mapped array on disk, for data that do not fit in memory.
+
+    Args:
+        inputs: A NumPy memory map, [N, ...].
+        targets: Labels, [N] int64.
+    """
+
+    def __init__(self, inputs: np.ndarray, targets: Tensor) -> None:
+        if len(inputs) != len(targets):
+            raise ValueError(f"{len(inputs)} samples but {len(targets)} targets")
+        self.inputs, self.targets = inputs, targets
+
+    def gather(self, index: Tensor) -> Tensor:
+        positions = index.cpu().numpy()
+        order = np.argsort(positions)  # in file order: sequential pages are read once
+        out = np.empty((len(positions), *self.inputs.shape[1:]), self.inputs.dtype)
+        out[order] = self.inputs[positions[order]]
+        return torch.from_numpy(out).to(self.device, non_blocking=True)
+
+    def to(self, device: torch.device) -> Source:
+        return self if device == self.device else MappedSource(self.inputs, self.targets.to(device))
+
+
+class Samples:
+    """A selection of a source's samples, with the transform that makes them model inputs.
+
+    Args:
+        source: Where the samples lie.
+        index: Which of them, [N] int64 on the source's device.
+        transform: Augmentation and normalisation, applied to whole batches.
+    """
+
+    #: Samples that are gathered and augmented together, then cut into batches.
+    CHUNK = 2048
+
+    def __init__(self, source: Source, index: Tensor, transform: Transform) -> None:
+        self.source, self.index, self.transform = source, index, transform
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def targets(self) -> Tensor:
+        """Labels of the selection, [N] int64."""
+        return self.source.targets[self.index]
+
+    def to(self, device: torch.device) -> Samples:
+        """The same selection served on `device`."""
+        return Samples(self.source.to(device), self.index.to(device), self.transform)
+
+    def subset(self, positions: Tensor) -> Samples:
+        """The samples at `positions` ([M] int64) of this selection."""
+        return Samples(self.source, self.index[positions.to(self.index.device)], self.transform)
+
+    def take(self, positions: Tensor, augment: torch.Generator | None = None) -> Batch:
+        """One batch.
+
+        Args:
+            positions: Which samples of this selection, [B] int64 on its device.
+            augment: Draws the augmentation; None means the test-time transform.
+
+        Returns:
+            The batch, labels included.
+        """
+        index = self.index[positions]
+        raw = self.source.gather(index)
+        inputs = self.transform.test(raw) if augment is None else self.transform.train(raw, augment)
+        return Batch(inputs, self.source.targets[index], raw, index)
+
+    def batches(
+        self, order: Tensor, batch_size: int, augment: torch.Generator | None = None
+    ) -> Iterator[Batch]:
+        """Batches in the given order; the last one may be short.
+
+        Samples are gathered and transformed in chunks of many batches, so that a small
+        batch costs a few slices and no more.
+
+        Args:
+            order: Positions to visit, [M] int64.
+            batch_size: Samples in a batch.
+            augment: Draws the augmentation; None means the test-time transform.
+        """
+        chunk = max(1, self.CHUNK // batch_size) * batch_size
+        for start in range(0, len(order), chunk):
+            whole = self.take(order[start : start + chunk], augment)
+            columns = [
+                part.split(batch_size)
+                for part in (whole.inputs, whole.targets, whole.raw, whole.index)
+            ]
+            yield from map(Batch, *columns)
+
+
+def concatenate(parts: Sequence[Samples]) -> Samples:
+    """All samples of several selections of one source, in order.
+
+    Raises:
+        ValueError: If the selections are empty or lie in different sources.
+    """
+    if not parts or any(part.source is not parts[0].source for part in parts):
+        raise ValueError("only selections of one source can be joined")
+    index = torch.cat([part.index for part in parts])
+    return Samples(parts[0].source, index, parts[0].transform)
