@@ -99,8 +99,12 @@ def _composition(error: Exception) -> str:
             known = _paths(OmegaConf.to_container(compose("config"), resolve=False))
         key = unknown[1].split("@")[0].lstrip("+~")
         if key not in known:
-            top = [k for k in known if k.count(".") <= key.count(".")]
-            return f"No option '{key}'. {did_you_mean(key, top)}"
+            group = key.rpartition(".")[0]
+            siblings = [k for k in known if k.rpartition(".")[0] == group]
+            return f"No option '{key}'. {did_you_mean(key, siblings or known)}"
+    malformed = re.search(r"Error parsing override '(.*)'", text)
+    if malformed:
+        return f"Can't read '{malformed[1]}'. An option is written key=value; --help lists them."
     return "\n".join(line for line in text.splitlines() if "HYDRA_FULL_ERROR" not in line).strip()
 
 
@@ -150,10 +154,14 @@ def _run(cfg: DictConfig) -> int:
         if earlier or tree["force"]:
             folder.clear()
         folder.write_config(OmegaConf.to_yaml(OmegaConf.create(tree)))
-        with _progress(names, conditions.seed, bool(tree["progress"])) as progress:
-            result = protocol.run(
-                scenario, strategy, conditions, names=names, folder=folder, progress=progress
-            )
+        try:
+            with _progress(names, conditions.seed, bool(tree["progress"])) as progress:
+                result = protocol.run(
+                    scenario, strategy, conditions, names=names, folder=folder, progress=progress
+                )
+        except UserError:
+            folder.forget_if_unused()
+            raise
         return _show(result, folder)
 
 

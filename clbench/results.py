@@ -155,6 +155,11 @@ class RunFolder:
             elif entry.name != ".lock":
                 entry.unlink()
 
+    def forget_if_unused(self) -> None:
+        """Removes the folder if nothing was learned in it."""
+        if not (self.checkpoint.exists() or self.result_file.exists()):
+            shutil.rmtree(self.path)
+
     @contextlib.contextmanager
     def claim(self) -> Iterator[None]:
         """Makes the folder this process's own; the claim dies with the process.
@@ -230,11 +235,11 @@ def _row(path: Path) -> dict[str, Any]:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options as dotted names."""
+    """Nested options as dotted names; lists as their JSON text, so that they can be keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
+            flat[f"{prefix}{key}"] = json.dumps(value) if isinstance(value, list) else value
     return flat

@@ -1,0 +1,78 @@
+"""Many runs to ranked rows: a table in, a table out."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+#: Columns of a board that are averaged over seeds; fractions in [0, 1], seconds, counts.
+AVERAGED = (
+    "average_accuracy",
+    "average_incremental_accuracy",
+    "forgetting",
+    "backward_transfer",
+    "learning_accuracy",
+    "task_aware_average_accuracy",
+    "train_seconds",
+    "evaluate_seconds",
+    "memory_samples",
+    "parameters",
+)
+HEADLINE = "average_accuracy"
+_CONDITIONS = ("split", "precision")
+
+
+def boards(runs: pd.DataFrame) -> list[pd.DataFrame]:
+    """One ranked board for each set of scenario options; results of different ones never mix.
+
+    Args:
+        runs: As `clbench.results.read` gives it.
+
+    Returns:
+        Boards with one row per strategy and hyper-parameters, best headline mean first: name,
+        `seeds` (complete runs), `incomplete` (failed, diverged), and for every averaged column
+        its mean and `<column>_std` (sample standard deviation, empty for a single seed).
+        `DataFrame.attrs` holds the scenario's name, options and number of experiences.
+    """
+    known = runs[runs["status"] != "unreadable"]
+    keys = _keys(known, "scenario")
+    return [_board(group, keys) for _, group in known.groupby(keys, dropna=False, sort=True)]
+
+
+def _keys(runs: pd.DataFrame, part: str) -> list[str]:
+    """Columns that say which scenario (and under which conditions), or which strategy."""
+    own = [c for c in runs.columns if c == part or c.startswith(f"{part}.")]
+    return own + [c for c in (_CONDITIONS if part == "scenario" else ("base",)) if c in runs]
+
+
+def _board(group: pd.DataFrame, scenario_keys: list[str]) -> pd.DataFrame:
+    rows = []
+    keys = _keys(group, "strategy")
+    varying = [k for k in keys if k.startswith("strategy.") and group[k].nunique(dropna=False) > 1]
+    for _, runs in group.groupby(keys, dropna=False, sort=True):
+        complete = runs[runs["status"] == "complete"]
+        row = {"strategy": _label(runs.iloc[0], group, varying)}
+        row |= {"seeds": len(complete), "incomplete": len(runs) - len(complete)}
+        for column in AVERAGED:
+            values = complete[column] if column in complete else pd.Series(dtype=float)
+            row[column] = values.mean()
+            row[f"{column}_std"] = values.std(ddof=1)
+        rows.append(row)
+    board = pd.DataFrame(rows).sort_values(HEADLINE, ascending=False, na_position="last")
+    board = board.reset_index(drop=True)
+    board.attrs = {k: group.iloc[0][k] for k in scenario_keys}
+    return board
+
+
+def _label(run: pd.Series, group: pd.DataFrame, varying: list[str]) -> str:
+    """The strategy's name, with the options that tell it from its namesakes."""
+    base = run.get("base")
+    name = f"{run['strategy']} over {base}" if isinstance(base, str) else str(run["strategy"])
+    namesakes = group[group["strategy"] == run["strategy"]]
+    if "base" in group:
+        same = namesakes["base"].isna() if not isinstance(base, str) else namesakes["base"] == base
+        namesakes = namesakes[same]
+    telling = [k for k in varying if namesakes[k].nunique(dropna=False) > 1]
+    if not telling:
+        return name
+    chosen = [f"{k.removeprefix('strategy.')}={run[k]}" for k in telling]
+    return f"{name} ({', '.join(chosen)})"

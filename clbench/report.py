@@ -1,0 +1,98 @@
+"""Run folders to a leaderboard on disk: Markdown for people, CSV for programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from clbench.errors import UserError
+from clbench.files import write_atomically
+from clbench.leaderboard import boards
+from clbench.results import read
+
+_SHOWN = {
+    "average_accuracy": "average accuracy, %",
+    "average_incremental_accuracy": "average incremental accuracy, %",
+    "forgetting": "forgetting, %",
+    "learning_accuracy": "learning accuracy, %",
+    "task_aware_average_accuracy": "task-aware average accuracy, %",
+    "memory_samples": "samples kept",
+    "train_seconds": "train, s",
+}
+
+
+def write(root: Path) -> list[Path]:
+    """Writes `leaderboard/leaderboard.md` and `.csv` from the runs below a results folder.
+
+    Args:
+        root: The results folder.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: If there are no runs.
+    """
+    runs = read(root)
+    if runs.empty:
+        raise UserError(f"No runs below {root}. Run something first.")
+    tables = boards(runs)
+    folder = root / "leaderboard"
+    markdown = folder / "leaderboard.md"
+    csv = folder / "leaderboard.csv"
+    bad = runs[runs["status"] == "unreadable"]
+    write_atomically(markdown, _markdown(tables, list(bad["path"])).encode())
+    rows = [board.assign(**_title(board)) for board in tables]
+    write_atomically(csv, pd.concat(rows).to_csv(index=False).encode() if rows else b"")
+    return [markdown, csv]
+
+
+def _markdown(tables: list[pd.DataFrame], unreadable: list[str]) -> str:
+    parts = ["# Leaderboard", "", "Mean and sample standard deviation over seeds; made by", ""]
+    parts += ["    python -m clbench phase=report", ""]
+    for board in tables:
+        title = _title(board)
+        parts += [f"## {_cell(title['scenario'])}", ""]
+        options = ", ".join(f"{k} = {v}" for k, v in title.items() if k != "scenario")
+        parts += [_cell(options), "", *_table(board), ""]
+    if unreadable:
+        parts += ["Not readable as results, and left out:", ""]
+        parts += [f"- `{path}`" for path in unreadable]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _title(board: pd.DataFrame) -> dict[str, str]:
+    """What all rows of a board share: scenario and conditions, without what is unset."""
+    return {
+        key.removeprefix("scenario."): str(value)
+        for key, value in board.attrs.items()
+        if not (pd.isna(value) if pd.api.types.is_scalar(value) else False)
+    }
+
+
+def _table(board: pd.DataFrame) -> list[str]:
+    columns = ["rank", "strategy", "seeds", *_SHOWN.values()]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for rank, (_, row) in enumerate(board.iterrows(), start=1):
+        failed = f" ({row['incomplete']} incomplete)" if row["incomplete"] else ""
+        cells = [str(rank), _cell(row["strategy"]), f"{row['seeds']}{failed}"]
+        cells += [_number(row, name, title) for name, title in _SHOWN.items()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _number(row: pd.Series, name: str, title: str) -> str:
+    mean, deviation = row[name], row[f"{name}_std"]
+    if pd.isna(mean):
+        return "-"
+    if name == "memory_samples":
+        return f"{mean:.0f}"
+    scale = 100 if title.endswith("%") else 1
+    spread = "" if pd.isna(deviation) else f" ± {scale * deviation:.1f}"
+    return f"{scale * mean:.1f}{spread}"
+
+
+def _cell(text: str) -> str:
+    """Text that can't break a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
