@@ -84,6 +84,13 @@ def thread_count(threads: int) -> Iterator[None]:
 
 
 @contextmanager
+def deterministic() -> Iterator[None]:
+    """Makes cuDNN choose algorithms that give the same bits every time."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        yield
+
+
+@contextmanager
 def isolated_rng(seed: int, purpose: str) -> Iterator[None]:
     """Seeds every global generator for the block, and puts them back afterwards.
 

@@ -137,6 +137,7 @@ def run(
         loop.run()
     except Diverged as error:
         result.status, result.reason = "diverged", str(error)
+        result.costs = dict(loop.costs)
     except (UserError, KeyboardInterrupt):
         raise
     except Exception as error:
@@ -186,7 +187,7 @@ class _Loop:
         self.stream = stream.to(self.device)
         model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         threads = self._describe(model)
-        with machine.thread_count(threads):
+        with machine.thread_count(threads), machine.deterministic():
             self._set_up(model)
             start = self._resume()
             for experience in self.stream.experiences[start:]:

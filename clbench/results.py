@@ -70,7 +70,7 @@ class Result:
         """
         content = {"schema": self.schema, "status": self.status, **asdict(self)}
         text = json.dumps(content, indent=1, allow_nan=False)
-        rows = re.compile(r"\[\s+((?:-?[\d.eE+-]+|null)(?:,\s+(?:-?[\d.eE+-]+|null))*)\s+\]")
+        rows = re.compile(r"\[\n\s*((?:-?[\d.eE+-]+|null)(?:,\s+(?:-?[\d.eE+-]+|null))*)\s+\]")
         return rows.sub(lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text) + "\n"
 
     @staticmethod
