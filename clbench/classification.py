@@ -186,12 +186,7 @@ class ClassIncrementalImages(ImageScenario):
     def stream(self, split: Split, seed: int) -> Stream:
         images = self.images(split)
         n_classes = len(images.class_names)
-        if n_classes % self.n_experiences:
-            works = [str(n) for n in range(1, n_classes + 1) if n_classes % n == 0]
-            raise UserError(
-                f"scenario.n_experiences={self.n_experiences} does not divide the {n_classes} "
-                f"classes. Use one of {', '.join(works)}."
-            )
+        check_experiences(n_classes, self.n_experiences)
         order = class_order(n_classes, seed)
         rank = torch.empty_like(order)
         rank[order] = torch.arange(n_classes)
@@ -212,6 +207,20 @@ class ClassIncrementalImages(ImageScenario):
         return Stream(experiences, tests, transform, n_classes, facts)
 
 
+def check_experiences(n_classes: int, n_experiences: int) -> None:
+    """Refuses experiences that cannot all have the same number of classes.
+
+    Raises:
+        UserError: With the numbers that work.
+    """
+    if n_classes % n_experiences:
+        works = [str(n) for n in range(1, n_classes + 1) if n_classes % n == 0]
+        raise UserError(
+            f"scenario.n_experiences={n_experiences} does not divide the {n_classes} "
+            f"classes. Use one of {', '.join(works)}."
+        )
+
+
 def class_order(n_classes: int, seed: int) -> Tensor:
     """Which class arrives first, second, ...: a permutation [n_classes] drawn from the seed."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "class order"))
@@ -224,7 +233,7 @@ def relabelled(source: Source, labels: Tensor) -> Source:
     if isinstance(source, TensorSource):
         return TensorSource(source.inputs, targets)
     if isinstance(source, MappedSource):
-        return MappedSource(source.inputs, targets)
+        return MappedSource(source.inputs, targets, source.rows)
     raise TypeError(f"can't relabel a {type(source).__name__}")
 
 

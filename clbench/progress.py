@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol
 
@@ -17,6 +19,33 @@ class Progress(Protocol):
 
     def finish(self, summary: str) -> None:
         """The experience is learned and scored."""
+
+
+@contextmanager
+def counting(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for work that precedes the learning; nothing where the error stream is no terminal.
+
+    Args:
+        title: Stands before the bar.
+        unit: What is counted.
+
+    Yields:
+        The function to call with how much is done and how much there is.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Rich
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn(f"{{task.completed:,.0f}}/{{task.total:,.0f}} {unit}"),
+        TimeRemainingColumn(),
+    )
+    with Rich(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=0, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
 
 class Silent:
@@ -63,7 +92,6 @@ class Bar:
         self._task = self.bar.add_task(title, total=1)
 
     def __enter__(self) -> Bar:
-        self.bar.start()
         return self
 
     def __exit__(
@@ -78,6 +106,7 @@ class Bar:
         """See `Progress`."""
         self._pending, self._done, self._total = 0, 0, samples
         self.name = name
+        self.bar.start()  # not sooner: while data are made, `counting` has the terminal
         self.bar.reset(self._task, total=samples, description=f"{self.title} · {name}")
 
     def advance(self, samples: int) -> None:

@@ -89,24 +89,29 @@ class MappedSource(Source):
     """Samples in a memory-mapped array on disk, for data that do not fit in memory.
 
     Args:
-        inputs: A NumPy memory map, [N, ...].
+        inputs: A NumPy memory map, [M, ...].
         targets: Labels, [N] int64.
+        rows: Where each sample lies in `inputs`, [N] int64 on the CPU; None: one after another.
     """
 
-    def __init__(self, inputs: np.ndarray, targets: Tensor) -> None:
-        if len(inputs) != len(targets):
-            raise ValueError(f"{len(inputs)} samples but {len(targets)} targets")
-        self.inputs, self.targets = inputs, targets
+    def __init__(self, inputs: np.ndarray, targets: Tensor, rows: Tensor | None = None) -> None:
+        count = len(inputs if rows is None else rows)
+        if count != len(targets):
+            raise ValueError(f"{count} samples but {len(targets)} targets")
+        self.inputs, self.targets, self.rows = inputs, targets, rows
 
     def gather(self, index: Tensor) -> Tensor:
-        positions = index.cpu().numpy()
+        index = index.cpu()
+        positions = (index if self.rows is None else self.rows[index]).numpy()
         order = np.argsort(positions)  # in file order: sequential pages are read once
         out = np.empty((len(positions), *self.inputs.shape[1:]), self.inputs.dtype)
         out[order] = self.inputs[positions[order]]
         return torch.from_numpy(out).to(self.device, non_blocking=True)
 
     def to(self, device: torch.device) -> Source:
-        return self if device == self.device else MappedSource(self.inputs, self.targets.to(device))
+        if device == self.device:
+            return self
+        return MappedSource(self.inputs, self.targets.to(device), self.rows)
 
 
 class Samples:
