@@ -169,7 +169,8 @@ def _names() -> Names:
     from clbench.protocol import Names
 
     choices = HydraConfig.get().runtime.choices
-    return Names(choices.scenario, choices.strategy, choices.get("strategy@strategy.base"))
+    base = choices.get("strategy@strategy.base")
+    return Names(choices["scenario"], choices["strategy"], base)
 
 
 def _progress(names: Names, seed: int, shown: bool) -> Any:

@@ -9,7 +9,6 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -55,7 +54,7 @@ def fill(target: type[T], node: Mapping[str, Any], where: str) -> T:
         UserError: If a key, a type or a value is not what it must be.
     """
     known = {f.name: f for f in fields(target) if f.init}  # type: ignore[arg-type]
-    hints = _hints(target)
+    hints = get_type_hints(target)
     values: dict[str, Any] = {}
     for key, value in node.items():
         path = f"{where}.{key}" if where else key
@@ -106,7 +105,7 @@ def target_class(node: Mapping[str, Any], kind: type[T], where: str) -> type[T]:
             f"{where}._target_={path} is no {kind.__name__} (a dataclass of that kind)."
         )
     if inspect.isabstract(found):
-        left = ", ".join(sorted(found.__abstractmethods__))
+        left = ", ".join(sorted(vars(found)["__abstractmethods__"]))
         raise UserError(f"{where}._target_={path} is abstract: it lacks {left}.")
     return found
 
@@ -144,11 +143,6 @@ def _value(value: Any, hint: Any, where: str) -> Any:
         raise UserError(f"{where}={value!r} has the wrong type or value: {problems}.") from None
     except TypeError as error:
         raise UserError(f"{where}={value!r} is no plain value: {error}.") from None
-
-
-@cache
-def _hints(target: type) -> dict[str, Any]:
-    return get_type_hints(target)
 
 
 def _plain(value: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 
 #: Columns of a board that are averaged over seeds; fractions in [0, 1], seconds, counts.
@@ -50,7 +52,7 @@ def _board(group: pd.DataFrame, scenario_keys: list[str]) -> pd.DataFrame:
     varying = [k for k in keys if k.startswith("strategy.") and group[k].nunique(dropna=False) > 1]
     for _, runs in group.groupby(keys, dropna=False, sort=True):
         complete = runs[runs["status"] == "complete"]
-        row = {"strategy": _label(runs.iloc[0], group, varying)}
+        row: dict[str, Any] = {"strategy": _label(runs.iloc[0], group, varying)}
         row |= {"seeds": len(complete), "incomplete": len(runs) - len(complete)}
         for column in AVERAGED:
             values = complete[column] if column in complete else pd.Series(dtype=float)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from clbench.errors import UserError
 from clbench.files import unwritable, write_atomically
+from clbench.metrics import Evaluation
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,7 +56,7 @@ class Result:
     task_aware_accuracy_matrix: Matrix = field(default_factory=list)
     metrics: dict[str, float | None] = field(default_factory=dict)
     task_aware_metrics: dict[str, float | None] = field(default_factory=dict)
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
     costs: dict[str, float | int | None] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     scenario_facts: dict[str, Any] = field(default_factory=dict)

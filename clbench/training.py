@@ -86,7 +86,7 @@ class GradientStrategy(Strategy, ABC):
     def update(self, loss: Tensor) -> None:
         """Turns the loss of one step into new weights."""
         self._optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.descend()
 
     def observe(self, batch: Batch) -> None:
