@@ -6,7 +6,9 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,20 @@ if TYPE_CHECKING:
 
 #: Exit codes: a mistake to mend; a run that did not complete.
 MISTAKE, INCOMPLETE, INTERRUPTED = 2, 1, 130
+#: Parts of a run that are chosen by name, each a folder of conf/.
+GROUPS = ("scenario", "strategy", "backbone")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What a command does and where: the options that decide no number."""
+
+    phase: str
+    data_dir: str
+    cache_dir: str | None
+    results_dir: str
+    force: bool
+    progress: bool
 
 
 def main() -> int:
@@ -42,15 +58,16 @@ def main() -> int:
         own = userspace.join(Path.cwd())
         if own:
             _append_to_search_path(own)
-        arguments = sys.argv[1:]
-        if {"-m", "--multirun"} & set(arguments):
-            # Hydra writes a multirun.yaml; run folders hold all of it and more.
-            sys.argv.append(f"hydra.sweep.dir={tempfile.mkdtemp(prefix='clbench-sweep-')}")
         path = str(userspace.configuration())
-        hydra.main(version_base="1.3", config_path=path, config_name="config")(job)()
+        with _sweep_folder():
+            hydra.main(version_base="1.3", config_path=path, config_name="config")(job)()
         return max(codes, default=0)
 
-    return _guarded(composed)
+    try:
+        return _guarded(composed)
+    except KeyboardInterrupt:
+        print("Interrupted. The same command continues from the last experience.", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _guarded(action: Callable[[], int]) -> int:
@@ -63,11 +80,21 @@ def _guarded(action: Callable[[], int]) -> int:
         message = _unknown_choice(error)
     except (HydraException, OmegaConfBaseException) as error:
         message = _composition(error)
-    except KeyboardInterrupt:
-        print("Interrupted. The same command continues from the last experience.", file=sys.stderr)
-        return INTERRUPTED
     print(f"error: {message}", file=sys.stderr)
     return MISTAKE
+
+
+@contextmanager
+def _sweep_folder() -> Iterator[None]:
+    """Where Hydra may leave its multirun.yaml; run folders hold all of it and more."""
+    if not {"-m", "--multirun"} & set(sys.argv[1:]):
+        yield
+        return
+    overrides = [i for i, a in enumerate(sys.argv) if i and "=" in a and not a.startswith("-")]
+    with tempfile.TemporaryDirectory(prefix="clbench-sweep-") as folder:
+        # Beside the other overrides: argparse refuses overrides on both sides of a flag.
+        sys.argv.insert(min(overrides, default=len(sys.argv)), f"hydra.sweep.dir={folder}")
+        yield
 
 
 def _append_to_search_path(folder: Path) -> None:
@@ -92,12 +119,11 @@ def _composition(error: Exception) -> str:
     """Hydra's message; for a key that does not exist, ours with the nearest one."""
     text = str(error)
     unknown = re.search(r"Could not (?:override|append).*?'([^'=]+)", text)
+    if unknown and "@" in unknown[1]:
+        return f"There is nothing to choose at '{unknown[1]}': the chosen strategy wraps no other."
     if unknown:
-        from hydra import compose, initialize_config_dir
-
-        with initialize_config_dir(str(userspace.configuration()), version_base="1.3"):
-            known = _paths(OmegaConf.to_container(compose("config"), resolve=False))
-        key = unknown[1].split("@")[0].lstrip("+~")
+        known = _known()
+        key = unknown[1].lstrip("+~")
         if key not in known:
             group = key.rpartition(".")[0]
             siblings = [k for k in known if k.rpartition(".")[0] == group]
@@ -108,6 +134,20 @@ def _composition(error: Exception) -> str:
     return "\n".join(line for line in text.splitlines() if "HYDRA_FULL_ERROR" not in line).strip()
 
 
+def _known() -> list[str]:
+    """Every option of the scenario and the strategy on the command line."""
+    from hydra import compose, initialize_config_dir
+
+    pairs = [argument.lstrip("+").partition("=") for argument in sys.argv[1:]]
+    chosen = [
+        f"{key}={value.split(',')[0]}"
+        for key, _, value in pairs
+        if value and key.partition("@")[0] in GROUPS
+    ]
+    with initialize_config_dir(str(userspace.configuration()), version_base="1.3"):
+        return _paths(OmegaConf.to_container(compose("config", chosen), resolve=False))
+
+
 def _paths(tree: Any, prefix: str = "") -> list[str]:
     if not isinstance(tree, dict):
         return []
@@ -116,46 +156,60 @@ def _paths(tree: Any, prefix: str = "") -> list[str]:
 
 def _job(cfg: DictConfig) -> int:
     phases = {"run": _run, "report": _report}
-    phase = str(cfg.phase)
-    if phase not in phases:
-        raise UserError(f"No phase '{phase}'. {did_you_mean(phase, phases)}")
-    return phases[phase](cfg)
+    tree: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    command = _command(tree)
+    if command.phase not in phases:
+        raise UserError(f"No phase '{command.phase}'. {did_you_mean(command.phase, phases)}")
+    return phases[command.phase](command, tree)
 
 
-def _report(cfg: DictConfig) -> int:
+def _command(tree: Mapping[str, Any]) -> Command:
+    """The command's own options, checked; refuses keys that config.yaml does not have."""
+    from clbench import config
+
+    known = {*OmegaConf.load(userspace.configuration() / "config.yaml"), *GROUPS}
+    known -= {"defaults", "hydra"}
+    for key in tree:
+        if key not in known:
+            raise UserError(f"No option '{key}'. {did_you_mean(key, known)}")
+    mine = Command.__dataclass_fields__
+    return config.fill(Command, {k: v for k, v in tree.items() if k in mine}, "")
+
+
+def _report(command: Command, tree: Mapping[str, Any]) -> int:  # noqa: ARG001
     from clbench.report import write
 
-    for path in write(Path(cfg.results_dir)):
+    for path in write(Path(command.results_dir)):
         print(path)
     return 0
 
 
-def _run(cfg: DictConfig) -> int:
+def _run(command: Command, tree: Mapping[str, Any]) -> int:
     """One run, or the word that it is there already."""
-    from clbench import config, protocol
+    from clbench import config, machine, protocol
     from clbench.results import RunFolder
     from clbench.types import Scenario, Strategy
 
-    tree: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     scenario = config.build(tree["scenario"], Scenario, "scenario")
     strategy = config.build(tree["strategy"], Strategy, "strategy")
     names = _names()
     keys = protocol.Conditions.__dataclass_fields__
-    conditions = config.fill(protocol.Conditions, {k: tree[k] for k in keys}, "")
+    conditions = config.fill(protocol.Conditions, {k: tree[k] for k in keys if k in tree}, "")
+    machine.choose_device(conditions.device)
     strategy.check(scenario)
     scenario.check(conditions.split)
     identity = protocol.identify(scenario, strategy, conditions, names)
-    folder = RunFolder(Path(tree["results_dir"]), identity["run_id"])
+    folder = RunFolder(Path(command.results_dir), identity["run_id"])
     with folder.claim():
-        earlier = None if tree["force"] else folder.result()
+        earlier = None if command.force else folder.result()
         if earlier and earlier.status != "failed":
             print("This run is there already; force=true repeats it.", file=sys.stderr)
             return _show(earlier, folder)
-        if earlier or tree["force"]:
+        if earlier or command.force:
             folder.clear()
-        folder.write_config(OmegaConf.to_yaml(OmegaConf.create(tree)))
+        folder.write_config(OmegaConf.to_yaml(OmegaConf.create(dict(tree))))
         try:
-            with _progress(names, conditions.seed, bool(tree["progress"])) as progress:
+            with _progress(names, conditions.seed, command.progress) as progress:
                 result = protocol.run(
                     scenario, strategy, conditions, names=names, folder=folder, progress=progress
                 )
@@ -174,8 +228,6 @@ def _names() -> Names:
 
 
 def _progress(names: Names, seed: int, shown: bool) -> Any:
-    from contextlib import nullcontext
-
     from clbench.progress import Bar, Silent
 
     label = "+".join(filter(None, (names.strategy, names.base)))

@@ -40,10 +40,15 @@ def join(folder: Path) -> Path | None:
         for name in PLUGINS:
             _guard_code(folder / name, suite() / name)
         _guard_configuration(folder / "conf", configuration())
-    # At the end: a file of the user's called torch.py must not become PyTorch.
-    sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != folder] + [str(folder)]
+    search_last(folder)
     own = folder / "conf"
     return own if own.is_dir() and own != configuration() else None
+
+
+def search_last(folder: Path) -> None:
+    """Puts a folder at the end of the import path: a torch.py there must not become PyTorch."""
+    folder = folder.resolve()
+    sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != folder] + [str(folder)]
 
 
 def _guard_code(own: Path, ours: Path) -> None:
