@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import ABC
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,26 +12,101 @@ from torch import Tensor, nn
 
 from clbench.errors import Diverged
 from clbench.samples import Batch, Samples
-from clbench.types import CLASSIFICATION, Context, Experience, Setting, Strategy, require
+from clbench.types import (
+    CLASSIFICATION,
+    Context,
+    Experience,
+    Scenario,
+    Setting,
+    Strategy,
+    require,
+)
+
+
+class Trainer(Strategy, ABC):
+    """The loop, and the seams at which methods differ, each named for its moment.
+
+    | seam | when |
+    |---|---|
+    | `before(experience)` | once, before the first step, in evaluation mode |
+    | `begin(steps)` | after it: training mode, a new optimizer and schedule |
+    | `loss(batch)` | every step; complete, and without side effects on memories |
+    | `update(loss)` | every step |
+    | `observe(batch)` | after the steps on an arriving batch, once |
+    | `after(experience)` | once, after the last step, in evaluation mode |
+    """
+
+    context: Context
+    model: nn.Module
+
+    def learn(self, experience: Experience) -> None:
+        if experience.train is None:
+            return
+        self.before(experience)
+        self.fit(experience.train)
+        self.after(experience)
+
+    def fit(
+        self, samples: Samples, epochs: int | None = None, batch_size: int | None = None
+    ) -> None:
+        """Every batch of every epoch through `loss`, `update`, `observe`.
+
+        Args:
+            samples: What to learn from.
+            epochs: Passes; default: the scenario's budget.
+            batch_size: Default: the scenario's budget.
+
+        Raises:
+            Diverged: If the loss was not finite; looked at once, after the last step, because
+                looking at every step would make a GPU wait.
+        """
+        scenario = self.context.scenario
+        size = batch_size or scenario.batch_size
+        epochs = scenario.epochs if epochs is None else epochs
+        self.begin(steps=epochs * scenario.passes * -(-len(samples) // size))
+        total = torch.zeros((), device=self.context.device)
+        for batch in self.context.batches(samples, epochs, size):
+            for _ in range(scenario.passes):
+                loss = self.loss(batch)
+                self.update(loss)
+                total += loss.detach()
+            self.observe(batch)
+        self.model.eval()
+        if not math.isfinite(total.item()):
+            raise Diverged(f"the training loss is {total.item()}; lower the learning rate")
+
+    @abstractmethod
+    def before(self, experience: Experience) -> None:
+        """Once, before the first step of an experience."""
+
+    @abstractmethod
+    def begin(self, steps: int) -> None:
+        """Training mode, a new optimizer, and the learning-rate schedule over `steps` steps."""
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss of one step, a scalar."""
+
+    @abstractmethod
+    def update(self, loss: Tensor) -> None:
+        """Turns the loss of one step into new weights."""
+
+    @abstractmethod
+    def observe(self, batch: Batch) -> None:
+        """After the steps on an arriving batch: what a memory keeps of it."""
+
+    @abstractmethod
+    def after(self, experience: Experience) -> None:
+        """Once, after the last step of an experience."""
 
 
 @dataclass(kw_only=True)
-class GradientStrategy(Strategy, ABC):
-    """A method that minimises a loss over minibatches.
+class GradientStrategy(Trainer, ABC):
+    """A method that minimises a loss over minibatches; it changes as few seams as it needs.
 
-    A method changes as few of these seams as it needs, each named for its moment:
-
-    | seam | when | default |
-    |---|---|---|
-    | `before(experience)` | once, before the first step | nothing |
-    | `loss(batch)` | every step | the objective on the batch |
-    | `update(loss)` | every step | zero, backward, optimizer step |
-    | `observe(batch)` | after every step, once for each arriving batch | nothing |
-    | `after(experience)` | once, after the last step | nothing |
-
-    `before` and `after` run in evaluation mode, the steps between in training mode.
-    The optimizer is made anew for each experience, over the parameters that require gradients
-    after `before`.
+    By default `loss` is the objective on the batch, `update` one optimizer step, and `before`,
+    `observe` and `after` do nothing. The optimizer is made anew for each experience, over the
+    parameters that require gradients after `before`.
 
     Attributes:
         lr: Learning rate.
@@ -60,13 +135,6 @@ class GradientStrategy(Strategy, ABC):
         self.model, self.context = model, context
         self.model.eval()
 
-    def learn(self, experience: Experience) -> None:
-        if experience.train is None:
-            return
-        self.before(experience)
-        self.fit(experience.train)
-        self.after(experience)
-
     def predict(self, batch: Batch) -> Tensor:
         training = self.model.training
         self.model.eval()
@@ -74,26 +142,27 @@ class GradientStrategy(Strategy, ABC):
         self.model.train(training)
         return outputs
 
-    # The seams.
-
     def before(self, experience: Experience) -> None:
-        """Once, before the first step of an experience."""
+        """See `Trainer`."""
+
+    def begin(self, steps: int) -> None:
+        self.model.train()
+        self._step, self._steps = 0, max(steps, 1)
+        self._optimizer = self.make_optimizer(self.trainable())
 
     def loss(self, batch: Batch) -> Tensor:
-        """The loss of one step, a scalar."""
         return self.context.objective.loss(self.forward(batch.inputs), batch.targets)
 
     def update(self, loss: Tensor) -> None:
-        """Turns the loss of one step into new weights."""
         self._optimizer.zero_grad()
         loss.backward()
         self.descend()
 
     def observe(self, batch: Batch) -> None:
-        """After the steps on an arriving batch: what a memory keeps of it."""
+        """See `Trainer`."""
 
     def after(self, experience: Experience) -> None:
-        """Once, after the last step of an experience."""
+        """See `Trainer`."""
 
     # What the seams are made of.
 
@@ -118,41 +187,6 @@ class GradientStrategy(Strategy, ABC):
         """The parameters that require gradients."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def fit(
-        self, samples: Samples, epochs: int | None = None, batch_size: int | None = None
-    ) -> None:
-        """The loop: every batch of every epoch through `loss`, `update`, `observe`.
-
-        Args:
-            samples: What to learn from.
-            epochs: Passes; default: the scenario's budget.
-            batch_size: Default: the scenario's budget.
-
-        Raises:
-            Diverged: If the loss was not finite; looked at once, after the last step, because
-                looking at every step would make a GPU wait.
-        """
-        scenario = self.context.scenario
-        size = batch_size or scenario.batch_size
-        epochs = scenario.epochs if epochs is None else epochs
-        self.begin(steps=epochs * scenario.passes * -(-len(samples) // size))
-        total = torch.zeros((), device=self.context.device)
-        for batch in self.context.batches(samples, epochs, size):
-            for _ in range(scenario.passes):
-                loss = self.loss(batch)
-                self.update(loss)
-                total += loss.detach()
-            self.observe(batch)
-        self.model.eval()
-        if not math.isfinite(total.item()):
-            raise Diverged(f"the training loss is {total.item()}: lower lr (now {self.lr:g})")
-
-    def begin(self, steps: int) -> None:
-        """Training mode, a new optimizer, and the learning-rate schedule over `steps` steps."""
-        self.model.train()
-        self._step, self._steps = 0, max(steps, 1)
-        self._optimizer = self.make_optimizer(self.trainable())
-
     def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer of the hyper-parameters, in its fused form."""
         if self.optimizer == "sgd":
@@ -161,3 +195,58 @@ class GradientStrategy(Strategy, ABC):
             )
         kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
         return kind(parameters, self.lr, weight_decay=self.weight_decay, fused=True)
+
+
+@dataclass(kw_only=True)
+class Wrapper(Trainer, ABC):
+    """A method around another method; it changes one seam and leaves the rest to its base.
+
+    Attributes:
+        base: The wrapped method; `strategy@strategy.base=<name>` chooses it.
+    """
+
+    settings: ClassVar[frozenset[Setting]] = CLASSIFICATION
+
+    base: GradientStrategy
+
+    def setup(self, model: nn.Module, context: Context) -> None:
+        self.base.setup(model, context)
+
+    def predict(self, batch: Batch) -> Tensor:
+        return self.base.predict(batch)
+
+    def check(self, scenario: Scenario) -> None:
+        super().check(scenario)
+        self.base.check(scenario)
+
+    def before(self, experience: Experience) -> None:
+        self.base.before(experience)
+
+    def begin(self, steps: int) -> None:
+        self.base.begin(steps)
+
+    def loss(self, batch: Batch) -> Tensor:
+        return self.base.loss(batch)
+
+    def update(self, loss: Tensor) -> None:
+        self.base.update(loss)
+
+    def observe(self, batch: Batch) -> None:
+        self.base.observe(batch)
+
+    def after(self, experience: Experience) -> None:
+        self.base.after(experience)
+
+    @property
+    def context(self) -> Context:  # type: ignore[override]
+        """The base's."""
+        return self.base.context
+
+    @property
+    def model(self) -> nn.Module:  # type: ignore[override]
+        """The base's."""
+        return self.base.model
+
+    @property
+    def memory_samples(self) -> int:
+        return self.base.memory_samples
