@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from clbench.samples import Batch
+from clbench.samples import Batch, Samples, TensorSource
 from clbench.types import Context
 
 Selection = Literal["reservoir", "class_balanced", "greedy"]
@@ -38,14 +38,20 @@ class Memory:
     Args:
         size: Samples it may hold.
         context: Lends device, transform and random numbers.
-        selection: Who is kept once it is full:
-            "reservoir": every sample seen so far with equal probability (Vitter 1985,
+        selection: Who is kept:
+            "reservoir": every sample offered so far with equal probability (Vitter 1985,
             algorithm R);
-            "class_balanced": reservoir within each class, room for new classes taken from the
-            largest (Chrysakis and Moens 2020, CBRS);
-            "greedy": classes kept equal by evicting from the largest; a class that has its
-            share takes no more (Prabhu et al. 2020, GDumb).
+            "class_balanced": all until it is full; then each class that is or was the largest
+            keeps a reservoir of its own, and any other class takes places from the largest
+            (Chrysakis and Moens 2020, CBRS);
+            "greedy": a class takes places, from the largest if there are no free ones, until it
+            has its share size / classes (Prabhu et al. 2020, GDumb, algorithm 1).
+            The latter two look at the labels, for which a GPU has to be waited for.
         name: Tells the random streams of several memories apart.
+
+    **Differs from the paper:** in CBRS a class counts as "full" only from the moment on when the
+    memory is; read literally, whichever classes come first in a stream would never grow again.
+    Where several classes are the largest, the place is taken from all of them alike.
     """
 
     def __init__(
@@ -53,9 +59,11 @@ class Memory:
     ) -> None:
         self.size, self.context, self.selection = size, context, selection
         self.seen = 0
-        self.targets = torch.empty(0, dtype=torch.int64, device=context.device)
-        self.raw = torch.empty(0, device=context.device)
-        self.extras: dict[str, Tensor] = {}
+        self._filled = 0
+        # Columns have room for more rows than are filled: a power of two, at most `size`.
+        self._raw = torch.empty(0, device=context.device)
+        self._targets = torch.empty(0, dtype=torch.int64, device=context.device)
+        self._extras: dict[str, Tensor] = {}
         # Who is kept is decided on the CPU, where it costs no wait for a GPU.
         self._choose = context.generator(f"{name}.select", torch.device("cpu"))
         self._recall = context.generator(f"{name}.recall")
@@ -65,10 +73,25 @@ class Memory:
         self._once_largest: set[int] = set()
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return self._filled
+
+    @property
+    def raw(self) -> Tensor:
+        """The samples as they came, un-augmented, [N, ...]; a view."""
+        return self._raw[: self._filled]
+
+    @property
+    def targets(self) -> Tensor:
+        """Their labels, [N] int64; a view."""
+        return self._targets[: self._filled]
+
+    @property
+    def extras(self) -> dict[str, Tensor]:
+        """What is kept beside them, [N, ...] each; views."""
+        return {name: column[: self._filled] for name, column in self._extras.items()}
 
     def add(self, batch: Batch, extras: Mapping[str, Tensor] | None = None) -> None:
-        """Offers a batch; keeps what the selection decides.
+        """Offers a batch, sample by sample in its order; keeps what the selection decides.
 
         Args:
             batch: The arriving samples.
@@ -86,20 +109,32 @@ class Memory:
 
     def draw(self, n: int) -> Recalled:
         """At most n different samples, uniformly, augmented afresh."""
-        order = torch.randperm(len(self), generator=self._recall, device=self.targets.device)
+        order = torch.randperm(len(self), generator=self._recall, device=self._targets.device)
         return self.take(order[:n])
 
     def take(self, slots: Tensor, augment: bool = True) -> Recalled:
         """The samples in the given slots ([B] int64)."""
-        raw = self.raw.index_select(0, slots)
+        raw = self._raw.index_select(0, slots)
         transform = self.context.transform
         inputs = transform.train(raw, self._augment) if augment else transform.test(raw)
-        extras = {name: value.index_select(0, slots) for name, value in self.extras.items()}
-        return Recalled(inputs, self.targets.index_select(0, slots), extras, slots)
+        extras = {name: column.index_select(0, slots) for name, column in self._extras.items()}
+        return Recalled(inputs, self._targets.index_select(0, slots), extras, slots)
+
+    def samples(self) -> Samples:
+        """All that is stored, for methods that train on it for whole epochs; a view."""
+        everything = torch.arange(len(self), device=self._targets.device)
+        return Samples(TensorSource(self.raw, self.targets), everything, self.context.transform)
 
     def replace_extra(self, name: str, slots: Tensor, values: Tensor) -> None:
-        """Overwrites what is kept beside some samples."""
-        self.extras[name][slots] = values.to(self.extras[name].dtype)
+        """Overwrites what is kept beside some samples.
+
+        Args:
+            name: Of the values.
+            slots: Which samples, [B] int64, all different.
+            values: [B, ...].
+        """
+        column = self._extras[name]
+        column.index_copy_(0, slots, values.detach().to(column.dtype))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the generators, which belong to the context."""
@@ -107,83 +142,103 @@ class Memory:
             "seen": self.seen,
             "targets": self.targets,
             "raw": self.raw,
-            "extras": dict(self.extras),
+            "extras": self.extras,
             "slots_of": {k: list(v) for k, v in self._slots_of.items()},
             "seen_of": dict(self._seen_of),
             "once_largest": sorted(self._once_largest),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.seen = state["seen"]
-        self.targets, self.raw, self.extras = state["targets"], state["raw"], state["extras"]
-        self._slots_of, self._seen_of = state["slots_of"], state["seen_of"]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes copies of what `state_dict` gave."""
+        device = self.context.device
+        self.seen, self._filled = state["seen"], len(state["targets"])
+        self._raw = state["raw"].to(device, copy=True)
+        self._targets = state["targets"].to(device, copy=True)
+        self._extras = {k: v.to(device, copy=True) for k, v in state["extras"].items()}
+        self._slots_of = {k: list(v) for k, v in state["slots_of"].items()}
+        self._seen_of = dict(state["seen_of"])
         self._once_largest = set(state["once_largest"])
 
+    # Selection: a dict from slot to position in the batch, later samples overwriting earlier.
+
     def _reservoir(self, n: int) -> dict[int, int]:
-        """Slot to position in the batch; a later sample overwrites an earlier one's slot."""
         room = max(0, min(n, self.size - self.seen))
         chosen = {self.seen + i: i for i in range(room)}
         if room < n:
             counts = torch.arange(self.seen + room + 1, self.seen + n + 1, dtype=torch.float64)
             uniform = torch.rand(n - room, dtype=torch.float64, generator=self._choose)
             slots = (uniform * counts).long()
-            for i in (slots < self.size).nonzero().flatten().tolist():
-                chosen[int(slots[i])] = room + i
+            rows = (slots < self.size).nonzero().flatten()
+            chosen.update(zip(slots[rows].tolist(), (rows + room).tolist(), strict=True))
         return chosen
 
     def _by_class(self, labels: list[int]) -> dict[int, int]:
-        """As `_reservoir`, for the two selections that look at the labels."""
+        # Every decision depends on the one before, so this is a loop, of plain numbers only.
         chosen: dict[int, int] = {}
-        filled = len(self)
-        uniform = torch.rand(len(labels), 2, generator=self._choose).tolist()
-        for i, (label, (accept, pick)) in enumerate(zip(labels, uniform, strict=True)):
-            mine = self._slots_of.setdefault(label, [])
+        place = self._balanced if self.selection == "class_balanced" else self._greedy
+        uniform = torch.rand(len(labels), 2, dtype=torch.float64, generator=self._choose).tolist()
+        for row, (label, (accept, pick)) in enumerate(zip(labels, uniform, strict=True)):
             self._seen_of[label] = self._seen_of.get(label, 0) + 1
-            if filled < self.size:
-                slot = filled
-                filled += 1
-                mine.append(slot)
-            else:
-                slot = self._evict(label, accept, pick)
-                if slot < 0:
-                    continue
-            chosen[slot] = i
-            most = max(map(len, self._slots_of.values()))
-            self._once_largest |= {c for c, slots in self._slots_of.items() if len(slots) == most}
+            slot = place(label, accept, pick)
+            if slot >= 0:
+                chosen[slot] = row
         return chosen
 
-    def _evict(self, label: int, accept: float, pick: float) -> int:
-        """The slot a sample of this class may take in a full memory; -1: none."""
-        mine = self._slots_of[label]
-        if self.selection == "class_balanced" and label in self._once_largest:
-            kept = mine and accept < len(mine) / self._seen_of[label]
+    def _balanced(self, label: int, accept: float, pick: float) -> int:
+        """CBRS: the slot that a sample of this class may take; -1: none."""
+        if label in self._once_largest:
+            mine = self._slots_of[label]
+            kept = accept * self._seen_of[label] < len(mine)
             return mine[int(pick * len(mine))] if kept else -1
-        largest = max(self._slots_of, key=lambda c: len(self._slots_of[c]))
-        share = self.size // len(self._slots_of)
-        limit = share if self.selection == "greedy" else len(self._slots_of[largest])
-        if len(mine) >= limit:
+        slot = self._claim(label, pick)
+        if self._filled == self.size:
+            self._once_largest.update(self._largest())
+        return slot
+
+    def _greedy(self, label: int, accept: float, pick: float) -> int:  # noqa: ARG002
+        """GDumb: likewise. A class may come up to size / classes, counted before it arrived."""
+        mine = self._slots_of.get(label)
+        if mine is not None and len(mine) * len(self._slots_of) >= self.size:
             return -1
-        donors = self._slots_of[largest]
-        slot = donors.pop(int(pick * len(donors)))
+        return self._claim(label, pick)
+
+    def _claim(self, label: int, pick: float) -> int:
+        """A free slot, else one of the largest class, now this class's."""
+        mine = self._slots_of.setdefault(label, [])
+        if self._filled < self.size:
+            slot = self._filled
+            self._filled += 1
+        else:
+            largest = self._largest()
+            share = pick * len(largest)
+            donors = self._slots_of[largest[int(share)]]
+            slot = donors.pop(int(share % 1 * len(donors)))
         mine.append(slot)
         return slot
 
+    def _largest(self) -> list[int]:
+        """The classes with the most stored samples."""
+        most = max(map(len, self._slots_of.values()))
+        return [c for c, slots in self._slots_of.items() if len(slots) == most]
+
     def _write(self, chosen: dict[int, int], batch: Batch, extras: Mapping[str, Tensor]) -> None:
-        device = self.targets.device
-        slots = torch.tensor(list(chosen), device=device)
-        rows = torch.tensor(list(chosen.values()), device=device)
-        columns = {"raw": batch.raw, "targets": batch.targets}
-        grow = max(0, max(chosen) + 1 - len(self))
-        self.raw = _put(self.raw, columns["raw"], slots, rows, grow)
-        self.targets = _put(self.targets, columns["targets"], slots, rows, grow)
-        for name, value in extras.items():
-            kept = self.extras.get(name, value.new_empty(0))
-            self.extras[name] = _put(kept, value, slots, rows, grow)
+        device = self._targets.device
+        slots = torch.tensor(list(chosen)).to(device, non_blocking=True)
+        rows = torch.tensor(list(chosen.values())).to(device, non_blocking=True)
+        self._filled = max(self._filled, max(chosen) + 1)
+        room = min(self.size, 1 << (self._filled - 1).bit_length())
+        self._raw = _put(self._raw, batch.raw, slots, rows, room)
+        self._targets = _put(self._targets, batch.targets, slots, rows, room)
+        for name, values in extras.items():
+            column = self._extras.get(name, values.new_empty(0))
+            self._extras[name] = _put(column, values, slots, rows, room)
 
 
-def _put(kept: Tensor, arriving: Tensor, slots: Tensor, rows: Tensor, grow: int) -> Tensor:
-    if grow:
-        room = arriving.new_empty(grow, *arriving.shape[1:])
-        kept = torch.cat((kept, room)) if len(kept) else room
-    kept[slots] = arriving.detach()[rows].to(kept.dtype)
-    return kept
+def _put(column: Tensor, values: Tensor, slots: Tensor, rows: Tensor, room: int) -> Tensor:
+    """The column with `values[rows]` in `slots`, grown to `room` rows where it is shorter."""
+    if len(column) < room:
+        longer = (column if len(column) else values).new_empty(room, *values.shape[1:])
+        if len(column):
+            longer[: len(column)] = column
+        column = longer
+    return column.index_copy_(0, slots, values.detach().index_select(0, rows).to(column.dtype))
