@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,10 @@ def isolated_rng(seed: int, purpose: str) -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
     derived = derive_seed(seed, purpose)
     with torch.random.fork_rng(devices):
-        torch.manual_seed(derived)
+        # Not torch.manual_seed: where CUDA sleeps, that queues a seed for when it wakes.
+        torch.default_generator.manual_seed(derived)
+        if devices:
+            torch.cuda.manual_seed_all(derived)
         random.seed(derived)
         np.random.seed(derived % 2**32)
         try:
@@ -159,6 +163,7 @@ def environment(device: torch.device, threads: int) -> Mapping[str, Any]:
     }
 
 
+@cache
 def version(package: str) -> str | None:
     """The installed version of a package, None where it is absent."""
     try:
@@ -167,6 +172,7 @@ def version(package: str) -> str | None:
         return None
 
 
+@cache
 def code_version() -> str:
     """The git commit of this checkout ("+dirty" if it was changed), or the wheel's version."""
     root = Path(__file__).parents[1]

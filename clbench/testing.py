@@ -241,7 +241,7 @@ def run_check(check: Check, strategy: Strategy, scenario: Scenario) -> None:
         return
     try:
         check(strategy, scenario)
-    except AssertionError:
+    except Exception:  # a crash is a failure too
         return
     raise AssertionError(f"{check.__name__} passes, but is declared to fail: {reason}")
 
@@ -310,9 +310,11 @@ def _run(
     progress: Silent | None = None,
 ) -> Result:
     conditions = protocol.Conditions(device="cpu", threads=1)
-    return protocol.run(
+    result = protocol.run(
         scenario, copy.deepcopy(strategy), conditions, folder=folder, progress=progress
     )
+    assert result.status == "complete", f"the run {result.status}: {result.reason}"
+    return result
 
 
 def _stream(scenario: Scenario, seed: int = 0) -> Stream:
