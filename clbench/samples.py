@@ -123,8 +123,9 @@ class Samples:
         transform: Augmentation and normalisation, applied to whole batches.
     """
 
-    #: Samples that are gathered and augmented together, then cut into batches.
-    CHUNK = 2048
+    #: Bytes, as stored, of the samples that are gathered and augmented together, then cut into
+    #: batches: few enough to stay in a CPU's cache when they have become floats.
+    CHUNK = 2**20
 
     def __init__(self, source: Source, index: Tensor, transform: Transform) -> None:
         self.source, self.index, self.transform = source, index, transform
@@ -173,7 +174,8 @@ class Samples:
             batch_size: Samples in a batch.
             augment: Draws the augmentation; None means the test-time transform.
         """
-        chunk = max(1, self.CHUNK // batch_size) * batch_size
+        batch_bytes = self.source.gather(self.index[order[:1]]).nbytes * batch_size
+        chunk = max(1, self.CHUNK // max(1, batch_bytes)) * batch_size
         for start in range(0, len(order), chunk):
             whole = self.take(order[start : start + chunk], augment)
             columns = [

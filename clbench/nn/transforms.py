@@ -68,16 +68,14 @@ class ImageTransform(Transform):
             return raw
         n, _, height, width = raw.shape
         device = raw.device
-        rows = torch.arange(height, device=device).expand(n, height)
-        columns = torch.arange(width, device=device).expand(n, width)
+        batch = torch.arange(n, device=device)
         if self.flip:
-            mirrored = torch.rand(n, 1, generator=generator, device=device) < 0.5
-            columns = torch.where(mirrored, width - 1 - columns, columns)
+            mirrored = torch.rand(n, generator=generator, device=device) < 0.5
+            raw = torch.cat((raw, raw.flip(3))).index_select(0, batch + n * mirrored)
         if pad := self.crop_padding:
-            raw = torch.nn.functional.pad(raw, (pad, pad, pad, pad))
-            shift = torch.randint(2 * pad + 1, (2, n, 1), generator=generator, device=device)
-            rows, columns = rows + shift[0], columns + shift[1]
-        batch = torch.arange(n, device=device)[:, None, None]
-        # Advanced indices round a slice move the channels last: [B, H, W, C].
-        picked = raw[batch, :, rows[:, :, None], columns[:, None, :]]
-        return picked.permute(0, 3, 1, 2)
+            shift = torch.randint(2 * pad + 1, (2, n), generator=generator, device=device)
+            padded = torch.nn.functional.pad(raw, (pad, pad, pad, pad))
+            # A view of all crops, [B, C, 2 pad + 1, 2 pad + 1, H, W]: only the chosen are copied.
+            windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+            raw = windows[batch, :, shift[0], shift[1]]
+        return raw
