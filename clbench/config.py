@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import sys
+from abc import ABC
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -85,7 +86,8 @@ def target_class(node: Mapping[str, Any], kind: type[T], where: str) -> type[T]:
         raise UserError(f"{where} lacks _target_, the class it configures.")
     module_name, _, name = path.rpartition(".")
     parts = path.split(".")
-    if parts[0] not in NAMESPACES or not all(part.isidentifier() for part in parts):
+    identifiers = len(parts) > 1 and all(part.isidentifier() for part in parts)
+    if parts[0] not in NAMESPACES or not identifiers:
         raise UserError(
             f"{where}._target_={path} is refused: only classes in {', '.join(NAMESPACES)} can be "
             "configured. Put your own into strategies/ or scenarios/ in your working folder."
@@ -104,8 +106,8 @@ def target_class(node: Mapping[str, Any], kind: type[T], where: str) -> type[T]:
         raise UserError(
             f"{where}._target_={path} is no {kind.__name__} (a dataclass of that kind)."
         )
-    if inspect.isabstract(found):
-        left = ", ".join(sorted(vars(found)["__abstractmethods__"]))
+    if inspect.isabstract(found) or ABC in found.__bases__:
+        left = ", ".join(sorted(vars(found)["__abstractmethods__"])) or "what makes it a method"
         raise UserError(f"{where}._target_={path} is abstract: it lacks {left}.")
     return found
 

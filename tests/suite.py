@@ -1,0 +1,38 @@
+"""The suite as a test sees it: its configuration, and a command line to call."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from clbench import userspace
+
+#: Arguments of the command line in, what a process would leave out.
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    """What Hydra makes of the suite's configuration with these overrides, as plain data."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(userspace.configuration()), version_base="1.3"):
+        tree = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
+
+
+def configured(group: str) -> list[str]:
+    """Every choice of a group of the suite's configuration."""
+    return sorted(file.stem for file in (userspace.configuration() / group).glob("*.yaml"))
+
+
+def write_all(folder: Path, files: Mapping[str, str]) -> None:
+    """Writes text files below a folder."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)

@@ -1,0 +1,341 @@
+"""Every strategy of the suite against every check; and every check against a broken strategy."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import ClassVar
+
+import pytest
+import torch
+from suite import composed, configured
+from torch import Tensor, nn
+
+from clbench.config import build
+from clbench.errors import UserError
+from clbench.nn.memory import Memory
+from clbench.samples import Batch
+from clbench.state import capture
+from clbench.testing import CHECKS, Check, ToyScenario, check_strategy, run_check
+from clbench.training import GradientStrategy
+from clbench.types import Context, Experience, Scenario, Strategy
+
+#: The first one on which a strategy says that it works is the one it is checked on.
+TOYS: tuple[Scenario, ...] = (ToyScenario(),)
+BY_NAME: dict[str, Check] = {check.__name__: check for check in CHECKS}
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", configured("strategy"))
+def test_conformance(name: str, check: Check) -> None:
+    strategy = suite_strategy(name)
+    run_check(check, strategy, toy_for(strategy))
+
+
+@cache
+def suite_strategy(name: str) -> Strategy:
+    return build(composed(f"strategy={name}")["strategy"], Strategy, "strategy")
+
+
+def toy_for(strategy: Strategy) -> Scenario:
+    reasons = []
+    for toy in TOYS:
+        try:
+            strategy.check(toy)
+        except UserError as reason:
+            reasons.append(str(reason))
+        else:
+            return toy
+    raise AssertionError(f"no toy scenario works: {' '.join(reasons)}")
+
+
+@pytest.mark.parametrize("name", configured("strategy"))
+def test_expected_failures_are_of_checks_that_exist_and_give_a_reason(name: str) -> None:
+    strategy = suite_strategy(name)
+    assert strategy.expected_failures.keys() <= BY_NAME.keys()
+    assert all(len(reason.split()) > 3 for reason in strategy.expected_failures.values())
+
+
+# Each check must be able to fail: strategies with one fault each.
+
+
+@dataclass(kw_only=True)
+class Sound(GradientStrategy):
+    """Replay without a fault; the broken ones differ from it in one place.
+
+    **Differs from the paper:** there is none.
+    """
+
+    def setup(self, model: nn.Module, context: Context) -> None:
+        super().setup(model, context)
+        self.memory = Memory(self.room(context.scenario.memory_size), context)
+
+    def room(self, size: int) -> int:
+        return size
+
+    def loss(self, batch: Batch) -> Tensor:
+        if not len(self.memory):
+            return super().loss(batch)
+        recalled = self.memory.draw(self.context.memory_batch_size)
+        outputs = self.forward(torch.cat((batch.inputs, recalled.inputs)))
+        targets = torch.cat((batch.targets, recalled.targets))
+        return self.context.objective.loss(outputs, targets)
+
+    def observe(self, batch: Batch) -> None:
+        self.memory.add(batch)
+
+    @property
+    def memory_samples(self) -> int:
+        return len(self.memory)
+
+
+ENTROPY = itertools.count()
+
+
+class OtherNumbersEveryTime(Sound):
+    """Draws from a generator that nobody seeds. **Differs from the paper:** no paper."""
+
+    def before(self, experience: Experience) -> None:
+        super().before(experience)
+        unseeded = torch.Generator().manual_seed(next(ENTROPY))
+        for parameter in self.model.parameters():
+            parameter.data.add_(torch.randn(parameter.shape, generator=unseeded))
+
+
+class SameNumbersForEverySeed(Sound):
+    """Starts all runs alike and learns nothing. **Differs from the paper:** no paper."""
+
+    def setup(self, model: nn.Module, context: Context) -> None:
+        super().setup(model, context)
+        for parameter in model.parameters():
+            nn.init.zeros_(parameter)
+
+    def update(self, loss: Tensor) -> None:
+        pass
+
+
+class CountsPredictions(Sound):
+    """State that changes when it predicts. **Differs from the paper:** no paper."""
+
+    def setup(self, model: nn.Module, context: Context) -> None:
+        super().setup(model, context)
+        self.predictions = 0
+
+    def predict(self, batch: Batch) -> Tensor:
+        self.predictions += 1
+        return super().predict(batch)
+
+
+class PredictsInTrainingMode(Sound):
+    """Batch statistics move when it predicts. **Differs from the paper:** no paper."""
+
+    def setup(self, model: nn.Module, context: Context) -> None:
+        super().setup(nn.Sequential(nn.BatchNorm2d(1), model), context)
+
+    def predict(self, batch: Batch) -> Tensor:
+        self.model.train()
+        outputs = self.forward(batch.inputs)
+        self.model.eval()
+        return outputs
+
+
+class DrawsWhenItPredicts(Sound):
+    """Uses up random numbers of training. **Differs from the paper:** no paper."""
+
+    def predict(self, batch: Batch) -> Tensor:
+        torch.rand(1, generator=self.context.generator("shuffle"))
+        return super().predict(batch)
+
+
+class DrawsGlobally(Sound):
+    """Takes numbers from everybody's generator. **Differs from the paper:** no paper."""
+
+    def check(self, scenario: Scenario) -> None:
+        super().check(scenario)
+        torch.rand(1)
+
+
+class LeavesGradientsOff(Sound):
+    """Switches off gradients for everybody. **Differs from the paper:** no paper."""
+
+    def learn(self, experience: Experience) -> None:
+        with torch.enable_grad():
+            super().learn(experience)
+        torch.set_grad_enabled(False)
+
+
+class KeepsOneTooMany(Sound):
+    """Its memory is larger than the budget. **Differs from the paper:** no paper."""
+
+    def room(self, size: int) -> int:
+        return size + 1 if size else 0
+
+
+class OneOutputTooMany(Sound):
+    """An output that is no class. **Differs from the paper:** no paper."""
+
+    def predict(self, batch: Batch) -> Tensor:
+        return nn.functional.pad(super().predict(batch), (0, 1))
+
+
+class AlwaysTheSameAnswer(Sound):
+    """Learns but does not say so. **Differs from the paper:** no paper."""
+
+    def predict(self, batch: Batch) -> Tensor:
+        return torch.zeros_like(super().predict(batch))
+
+
+class ForgetsItsMemory(Sound):
+    """Keeps under an underscore what it needs. **Differs from the paper:** no paper."""
+
+    def setup(self, model: nn.Module, context: Context) -> None:
+        super().setup(model, context)
+        self._memory = self.memory
+        del self.memory
+
+    def __getattr__(self, name: str) -> Memory:
+        if name == "memory" and "_memory" in vars(self):
+            kept = vars(self)["_memory"]
+            assert isinstance(kept, Memory)
+            return kept
+        raise AttributeError(name)
+
+
+class NeedsASecondExperience(Sound):
+    """Divides by the classes still to come. **Differs from the paper:** no paper."""
+
+    def before(self, experience: Experience) -> None:
+        assert 1 / (self.context.n_outputs - len(experience.classes)) > 0
+
+
+class NeedsTwoSamples(Sound):
+    """The deviation of one sample is no number. **Differs from the paper:** no paper."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        return super().loss(batch) + 0 * batch.inputs.std(0).sum()
+
+
+class NeedsLabels(Sound):
+    """Looks at samples that are not there. **Differs from the paper:** no paper."""
+
+    def learn(self, experience: Experience) -> None:
+        assert experience.train is not None
+        super().learn(experience)
+
+
+class KeepsOneWithoutBudget(Sound):
+    """Takes no memory for an oversight. **Differs from the paper:** no paper."""
+
+    def room(self, size: int) -> int:
+        return max(size, 1)
+
+
+@dataclass(kw_only=True)
+class ChangesItsOptions(Sound):
+    """Its options are not what was configured. **Differs from the paper:** no paper."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.weight_decay += 0.001
+
+
+class SaysNothing(Sound):
+    """Replay, perhaps; who knows."""
+
+
+#: The fault, and every check that must notice it.
+FAULTS: Mapping[type[Sound], set[str]] = {
+    OtherNumbersEveryTime: {"same_seed_same_numbers", "resumes_with_the_same_bits"},
+    SameNumbersForEverySeed: {"other_seed_other_run", "beats_chance"},
+    CountsPredictions: {"predict_leaves_no_trace"},
+    PredictsInTrainingMode: {"predict_leaves_no_trace"},
+    DrawsWhenItPredicts: {"predict_leaves_no_trace"},
+    DrawsGlobally: {"globals_untouched"},
+    LeavesGradientsOff: {"globals_untouched"},
+    KeepsOneTooMany: {"memory_within_budget"},
+    OneOutputTooMany: {"outputs_cover_seen_classes"},
+    AlwaysTheSameAnswer: {"beats_chance"},
+    ForgetsItsMemory: {"resumes_with_the_same_bits"},
+    NeedsASecondExperience: {"one_experience_works"},
+    NeedsTwoSamples: {"last_batch_of_one_works"},
+    NeedsLabels: {"no_labels_no_learning"},
+    KeepsOneWithoutBudget: {"no_memory_works"},
+    ChangesItsOptions: {"options_build_it_again"},
+    SaysNothing: {"says_how_it_differs"},
+}
+QUICK = ToyScenario(per_class=10, epochs=3, noise=20.0)
+
+
+@pytest.fixture
+def plugged_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the classes of this file look like a file of the user's in strategies/."""
+    name = "strategies.with_faults"
+    module = ModuleType(name)
+    for kind in (Sound, *FAULTS):
+        monkeypatch.setattr(kind, "__module__", name)
+        setattr(module, kind.__name__, kind)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.usefixtures("plugged_in")
+def test_a_sound_strategy_passes() -> None:
+    check_strategy(Sound(), QUICK)
+
+
+@pytest.mark.usefixtures("plugged_in")
+@pytest.mark.parametrize("kind", FAULTS, ids=[kind.__name__ for kind in FAULTS])
+def test_a_fault_is_noticed_by_its_check_and_by_no_other(kind: type[Sound]) -> None:
+    noticed = set()
+    for name, check in BY_NAME.items():
+        try:
+            check(kind(), QUICK)
+        except Exception:
+            noticed.add(name)
+        finally:
+            torch.set_grad_enabled(True)
+    assert noticed == FAULTS[kind]
+
+
+def test_every_check_has_a_fault_that_it_notices() -> None:
+    assert set().union(*FAULTS.values()) == BY_NAME.keys()
+
+
+class Excused(KeepsOneTooMany):
+    """**Differs from the paper:** no paper."""
+
+    expected_failures: ClassVar[Mapping[str, str]] = {"memory_within_budget": "on purpose"}
+
+
+class Mended(Sound):
+    """**Differs from the paper:** no paper."""
+
+    expected_failures: ClassVar[Mapping[str, str]] = {"memory_within_budget": "it was so once"}
+
+
+class ExcusedCrash(NeedsASecondExperience):
+    """**Differs from the paper:** no paper."""
+
+    expected_failures: ClassVar[Mapping[str, str]] = {"one_experience_works": "divides by zero"}
+
+
+@pytest.mark.parametrize("kind", [Excused, ExcusedCrash])
+def test_a_declared_failure_is_accepted(kind: type[Sound]) -> None:
+    for name in kind.expected_failures:
+        run_check(BY_NAME[name], kind(), QUICK)
+
+
+def test_a_declared_failure_that_passes_is_an_error() -> None:
+    with pytest.raises(AssertionError, match=r"memory_within_budget passes.*it was so once"):
+        run_check(BY_NAME["memory_within_budget"], Mended(), QUICK)
+
+
+def test_checks_leave_the_strategy_as_it_was() -> None:
+    strategy = Sound()
+    before = dict(vars(strategy))
+    check_strategy(strategy, QUICK)
+    assert vars(strategy) == before
+    assert capture(strategy) == {}
