@@ -165,11 +165,12 @@ class Memory:
         room = max(0, min(n, self.size - self.seen))
         chosen = {self.seen + i: i for i in range(room)}
         if room < n:
-            counts = torch.arange(self.seen + room + 1, self.seen + n + 1, dtype=torch.float64)
-            uniform = torch.rand(n - room, dtype=torch.float64, generator=self._choose)
-            slots = (uniform * counts).long()
-            rows = (slots < self.size).nonzero().flatten()
-            chosen.update(zip(slots[rows].tolist(), (rows + room).tolist(), strict=True))
+            # Up to about 100 samples, plain numbers cost less than six small tensor operations.
+            uniform = torch.rand(n - room, dtype=torch.float64, generator=self._choose).tolist()
+            for row, u in enumerate(uniform, room):
+                slot = int(u * (self.seen + row + 1))
+                if slot < self.size:
+                    chosen[slot] = row
         return chosen
 
     def _by_class(self, labels: list[int]) -> dict[int, int]:
