@@ -16,7 +16,7 @@ import hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -128,9 +128,10 @@ def _composition(error: Exception) -> str:
             group = key.rpartition(".")[0]
             siblings = [k for k in known if k.rpartition(".")[0] == group]
             return f"No option '{key}'. {did_you_mean(key, siblings or known)}"
-    malformed = re.search(r"Error parsing override '(.*)'", text)
-    if malformed:
-        return f"Can't read '{malformed[1]}'. An option is written key=value; --help lists them."
+    if isinstance(error, OverrideParseException):
+        return f"Can't read '{error.override}'. An option is written key=value; --help lists them."
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return f"{error.full_key}: {text.splitlines()[0]}."
     return "\n".join(line for line in text.splitlines() if "HYDRA_FULL_ERROR" not in line).strip()
 
 

@@ -139,12 +139,14 @@ def _value(value: Any, hint: Any, where: str) -> Any:
     try:
         # Strict JSON rules are those of a configuration file: 1 is a float, "1" is not,
         # a list may be a tuple, a text may be an Enum.
-        return TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
+        return TypeAdapter(hint).validate_json(json.dumps(value, allow_nan=False), strict=True)
     except ValidationError as error:
         problems = "; ".join(e["msg"][0].lower() + e["msg"][1:] for e in error.errors()[:3])
         raise UserError(f"{where}={value!r} has the wrong type or value: {problems}.") from None
     except TypeError as error:
         raise UserError(f"{where}={value!r} is no plain value: {error}.") from None
+    except ValueError:  # results are JSON, which has no infinity
+        raise UserError(f"{where}={value!r} must be finite.") from None
 
 
 def _plain(value: Any) -> Any:

@@ -99,6 +99,8 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("colour", "green", "'red' or 'blue'"),
     ("colour", {"a": 1}, "'red' or 'blue'"),
     ("rate", {1, 2}, "no plain value"),
+    ("rate", float("inf"), "must be finite"),
+    ("pair", [0.0, float("nan")], "must be finite"),
 ]
 
 
