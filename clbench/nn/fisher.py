@@ -1,0 +1,72 @@
+"""The diagonal of the Fisher information of a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clbench.nn.sample_gradients import mean_gradient_powers
+from clbench.samples import Samples
+
+Fisher = Literal["exact", "empirical", "batch"]
+
+
+def diagonal_fisher(
+    model: nn.Module,
+    samples: Samples,
+    kind: Fisher = "exact",
+    *,
+    names: Collection[str] | None = None,
+    order: Tensor | None = None,
+    batch_size: int = 128,
+) -> dict[str, Tensor]:
+    """One number for each weight: how much the predictive distribution p(y|x) depends on it.
+
+    | kind | estimate | as in |
+    |---|---|---|
+    | "exact" | E_x Σ_y p(y|x) (∂ log p(y|x) / ∂θ)² | the definition; van de Ven, "all" |
+    | "empirical" | E_x (∂ log p(y_x|x) / ∂θ)², y_x the label | van de Ven, "true" |
+    | "batch" | E_batches (∂ mean log p(y_x|x) / ∂θ)² | Avalanche; roughly 1/batch_size as large |
+
+    p is the softmax over all outputs, those of classes still to come included, as the
+    cross-entropy trains them. van de Ven 2025, "On the Computation of the Fisher Information in
+    Continual Learning", arXiv 2502.11756, compares the estimates.
+
+    Args:
+        model: In evaluation mode; its outputs are logits [B, C].
+        samples: The expectation is over these, with the test-time transform.
+        kind: Of the estimate. "exact" takes C backward passes where the others take one.
+        names: Parameters; default: those that require gradients.
+        order: Positions of the samples to take, [N] int64; default: all.
+        batch_size: Samples in a forward pass; part of the definition of "batch" only.
+
+    Returns:
+        One tensor for each name, in the shape of the parameter.
+    """
+    return mean_gradient_powers(
+        model,
+        samples,
+        _every_label if kind == "exact" else _true_label,
+        power=2,
+        names=names,
+        order=order,
+        batch_size=batch_size,
+        of_batches=kind == "batch",
+    )
+
+
+def _true_label(outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
+    """∂ log p(y) / ∂h = e_y − p."""
+    yield F.one_hot(targets, outputs.shape[1]) - outputs.softmax(1)
+
+
+def _every_label(outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:  # noqa: ARG001
+    """√p(y) ∂ log p(y) / ∂h, whose square is weighted by p(y)."""
+    p = outputs.softmax(1)
+    for label in range(outputs.shape[1]):
+        v = -p
+        v[:, label] += 1
+        yield v * p[:, label, None].sqrt()
