@@ -124,6 +124,40 @@ def test_class_balanced_keeps_all_of_rare_classes_and_halves_the_rest(seed: int)
     assert sorted((found[0], found[1])) == [12, 13]
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_class_balanced_is_the_printed_algorithm(seed: int) -> None:
+    """Sample by sample, with the same random numbers; "full" counts once the memory is."""
+    labels, size, lent = imbalanced(seed), 30, context(seed)
+    memory = Memory(size, lent, "class_balanced")
+    dice = torch.Generator().manual_seed(lent.generator("memory.select").initial_seed())
+    stored: list[tuple[int, int]] = []  # (class, id)
+    full: set[int] = set()
+    encountered: Counter[int] = Counter()
+    for i, label in enumerate(labels):
+        memory.add(batch([i], [label]))
+        u, _ = torch.rand(2, dtype=torch.float64, generator=dice).tolist()
+        encountered[label] += 1
+        mine = [slot for slot, (c, _) in enumerate(stored) if c == label]
+        if len(stored) < size:
+            stored.append((label, i))
+        elif label not in full:
+            # Which instance of which largest class is taken over is the implementation's draw.
+            (slot,) = (memory.raw.flatten() == i).nonzero().flatten().tolist()
+            sizes = Counter(c for c, _ in stored)
+            assert sizes[stored[slot][0]] == max(sizes.values())
+            stored[slot] = (label, i)
+        elif u < len(mine) / encountered[label]:
+            slots = memory.raw.flatten() == i
+            assert slots.any(), "m_c / n_c accepts it"
+            slot = int(slots.nonzero())
+            assert slot in mine
+            stored[slot] = (label, i)
+        sizes = Counter(c for c, _ in stored)
+        if len(stored) == size:
+            full |= {c for c, n in sizes.items() if n == max(sizes.values())}
+        assert memory.raw.flatten().int().tolist() == [i for _, i in stored]
+
+
 def test_class_balanced_keeps_samples_of_a_class_with_equal_probability() -> None:
     """Within the frequent classes of an imbalanced stream, which share the places left over."""
     labels, repeats = torch.tensor(imbalanced(0)), 600
