@@ -44,7 +44,8 @@ class GDumb(Strategy):
     (memory_epochs=256 is the paper's); the memory is asked after each experience; a new start is
     the scenario's initial model, the same each time; fp32 or bf16 rather than fp16; the last
     weights are scored, where the official code reports the best accuracy on the test set. It
-    takes its own number of steps, whatever `epochs` and `passes` of the scenario say.
+    takes its own number of steps, whatever `epochs` and `passes` of the scenario say. Where new
+    domains of old classes arrive, the sampler as published keeps the first ones.
     """
 
     settings: ClassVar[frozenset[Setting]] = CLASSIFICATION
