@@ -44,8 +44,11 @@ def load(folder: Path, device: torch.device) -> dict[str, Any] | None:
         return None
     if hashlib.sha256(data).hexdigest() != digest:
         return None
-    content: dict[str, Any] = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
-    return content
+    try:
+        content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+    except Exception:  # whatever an unpickler stumbles over
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def discard(folder: Path) -> None:

@@ -31,11 +31,14 @@ def boards(runs: pd.DataFrame) -> list[pd.DataFrame]:
 
     Returns:
         Boards with one row per strategy and hyper-parameters, best headline mean first: name,
-        `seeds` (complete runs), `incomplete` (failed, diverged), and for every averaged column
-        its mean and `<column>_std` (sample standard deviation, empty for a single seed).
+        `seeds` (complete runs, each seed once), `incomplete` (failed, diverged), and for every
+        averaged column its mean and `<column>_std` (sample standard deviation, empty for a
+        single seed).
         `DataFrame.attrs` holds the scenario's name, options and number of experiences.
     """
-    known = runs[runs["status"] != "unreadable"]
+    known = runs[runs["status"] != "unreadable"] if len(runs) else runs
+    if known.empty:
+        return []
     keys = _keys(known, "scenario")
     return [_board(group, keys) for _, group in known.groupby(keys, dropna=False, sort=True)]
 
@@ -51,9 +54,10 @@ def _board(group: pd.DataFrame, scenario_keys: list[str]) -> pd.DataFrame:
     keys = _keys(group, "strategy")
     varying = [k for k in keys if k.startswith("strategy.") and group[k].nunique(dropna=False) > 1]
     for _, runs in group.groupby(keys, dropna=False, sort=True):
-        complete = runs[runs["status"] == "complete"]
+        # The same seed on another machine, or with other evaluations, is no further evidence.
+        complete = runs[runs["status"] == "complete"].drop_duplicates("seed")
         row: dict[str, Any] = {"strategy": _label(runs.iloc[0], group, varying)}
-        row |= {"seeds": len(complete), "incomplete": len(runs) - len(complete)}
+        row |= {"seeds": len(complete), "incomplete": (runs["status"] != "complete").sum()}
         for column in AVERAGED:
             values = complete[column] if column in complete else pd.Series(dtype=float)
             row[column] = values.mean()

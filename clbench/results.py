@@ -143,6 +143,7 @@ class RunFolder:
         """Appends a line, with the time, to `log.txt`."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             with (self.path / "log.txt").open("a") as file:
                 file.write(f"{stamp} {line}\n")
         except OSError as error:
@@ -214,11 +215,15 @@ def read(root: str | Path = "results") -> pd.DataFrame:
 
 
 def _row(path: Path) -> dict[str, Any]:
-    where = {"path": str(path.parent)}
     try:
-        result = Result.from_json(path.read_text())
-    except (OSError, ValueError) as error:
-        return {"run_id": path.parent.name, "status": "unreadable", "reason": str(error), **where}
+        return _ended(path)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        row = {"run_id": path.parent.name, "status": "unreadable", "reason": str(error)}
+        return {**row, "path": str(path.parent)}
+
+
+def _ended(path: Path) -> dict[str, Any]:
+    result = Result.from_json(path.read_text())
     run = dict(result.run)
     options = run.pop("options", {})
     return {
@@ -231,7 +236,7 @@ def _row(path: Path) -> dict[str, Any]:
         **_flat(options),
         **{k: result.environment.get(k) for k in ("device", "threads", "code")},
         "reason": result.reason,
-        **where,
+        "path": str(path.parent),
     }
 
 

@@ -51,6 +51,8 @@ def restore(strategy: Strategy, state: dict[str, Any]) -> None:
             value.set_state(state[name].cpu())
         elif isinstance(value, Stateful):
             value.load_state_dict(state[name])
+        elif isinstance(value, Tensor) and value.requires_grad:
+            value.data = state[name]
         else:
             setattr(strategy, name, state[name])
 
@@ -67,22 +69,28 @@ def _state(strategy: Strategy) -> dict[str, Any]:
 
 
 def _save(value: Any, name: str) -> Any:
+    """One attribute. What restores itself can't lie in a list: nothing would know it again."""
     if isinstance(value, Strategy):
         return capture(value)
     if isinstance(value, torch.Generator):
         return value.get_state()
+    if isinstance(value, Stateful):
+        return _data(dict(value.state_dict()), name)
+    return _data(value, name)
+
+
+def _data(value: Any, name: str) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, (list, tuple)):
-        return type(value)(_save(v, f"{name}[{i}]") for i, v in enumerate(value))
+        return type(value)(_data(v, f"{name}[{i}]") for i, v in enumerate(value))
     if isinstance(value, dict):
-        return {k: _save(v, f"{name}[{k!r}]") for k, v in value.items()}
-    if isinstance(value, Stateful):
-        return _save(dict(value.state_dict()), name)
+        return {k: _data(v, f"{name}[{k!r}]") for k, v in value.items()}
     raise TypeError(
         f"{name} is a {type(value).__name__}, which can't be saved. State is tensors, plain data, "
-        "modules, generators or objects with state_dict and load_state_dict; begin the name with "
-        "an underscore if it need not survive an experience."
+        "lists and dicts of these, and, as attributes of their own, modules, generators and "
+        "objects with state_dict and load_state_dict; begin the name with an underscore if it "
+        "need not survive an experience."
     )
