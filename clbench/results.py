@@ -84,6 +84,8 @@ class Result:
         content = json.loads(text)
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
             raise ValueError(f"not a result of schema {SCHEMA}")
+        if not isinstance(content.get("run"), dict):
+            raise ValueError("it does not say what was run")
         try:
             return Result(**content)
         except TypeError as error:
