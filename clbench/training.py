@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -29,7 +30,9 @@ class Trainer(Strategy, ABC):
     | seam | when |
     |---|---|
     | `before(experience)` | once, before the first step, in evaluation mode |
-    | `begin(steps)` | after it: training mode, a new optimizer and schedule |
+    | `material(experience)` | after it: the samples to go through |
+    | `begin(steps)` | then: training mode, a new optimizer and schedule |
+    | `batches(samples, ...)` | then: the batches of every epoch, in order |
     | `loss(batch)` | every step; complete, and without side effects on memories |
     | `update(loss)` | every step |
     | `observe(batch)` | after the steps on an arriving batch, once |
@@ -43,7 +46,7 @@ class Trainer(Strategy, ABC):
         if experience.train is None:
             return
         self.before(experience)
-        self.fit(experience.train)
+        self.fit(self.material(experience))
         self.after(experience)
 
     def fit(
@@ -65,7 +68,7 @@ class Trainer(Strategy, ABC):
         epochs = scenario.epochs if epochs is None else epochs
         self.begin(steps=epochs * scenario.passes * -(-len(samples) // size))
         total = torch.zeros((), device=self.context.device)
-        for batch in self.context.batches(samples, epochs, size):
+        for batch in self.batches(samples, epochs, size):
             for _ in range(scenario.passes):
                 loss = self.loss(batch)
                 self.update(loss)
@@ -78,6 +81,15 @@ class Trainer(Strategy, ABC):
     @abstractmethod
     def before(self, experience: Experience) -> None:
         """Once, before the first step of an experience."""
+
+    def material(self, experience: Experience) -> Samples:
+        """What to learn an experience from: by default, its own samples."""
+        assert experience.train is not None
+        return experience.train
+
+    def batches(self, samples: Samples, epochs: int, batch_size: int) -> Iterator[Batch]:
+        """The arriving batches, ceil(len(samples) / batch_size) in each epoch; counts them."""
+        return self.context.batches(samples, epochs, batch_size)
 
     @abstractmethod
     def begin(self, steps: int) -> None:
@@ -222,8 +234,14 @@ class Wrapper(Trainer, ABC):
     def before(self, experience: Experience) -> None:
         self.base.before(experience)
 
+    def material(self, experience: Experience) -> Samples:
+        return self.base.material(experience)
+
     def begin(self, steps: int) -> None:
         self.base.begin(steps)
+
+    def batches(self, samples: Samples, epochs: int, batch_size: int) -> Iterator[Batch]:
+        return self.base.batches(samples, epochs, batch_size)
 
     def loss(self, batch: Batch) -> Tensor:
         return self.base.loss(batch)

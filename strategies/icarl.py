@@ -72,15 +72,9 @@ class ICaRL(GradientStrategy):
         shape = context.n_outputs, model.features.n_features
         self.means = torch.zeros(shape, device=context.device)
 
-    def learn(self, experience: Experience) -> None:
-        if experience.train is None:
-            return
-        self.before(experience)
-        self.fit(self.material(experience.train))
-        self.after(experience)
-
-    def material(self, new: Samples) -> Samples:
+    def material(self, experience: Experience) -> Samples:
         """New samples and all exemplars."""
+        new = super().material(experience)
         return join([new, self.stored()]) if self.exemplars else new
 
     def before(self, experience: Experience) -> None:

@@ -40,18 +40,11 @@ class Joint(GradientStrategy):
         # Scratch: a resumed run is set up with the same model again.
         self._initial = {name: value.clone() for name, value in model.state_dict().items()}
 
-    def learn(self, experience: Experience) -> None:
-        if experience.train is None:
-            return
-        self.before(experience)
-        self.fit(self.material())
-        self.after(experience)
-
     def before(self, experience: Experience) -> None:  # noqa: ARG002
         if self.from_scratch:
             self.model.load_state_dict(self._initial)
 
-    def material(self) -> Samples:
+    def material(self, experience: Experience) -> Samples:  # noqa: ARG002
         """The samples of all experiences so far."""
         if not self.context.seen:
             raise UserError("joint can't be the base of another method: run strategy=joint.")
