@@ -50,8 +50,9 @@ class SI(GradientStrategy):
 
     def before(self, experience: Experience) -> None:  # noqa: ARG002
         self._start = [p.detach().clone() for p in self.anchor.parameters]
-        self._moves = [torch.zeros_like(p) for p in self._start]
         self._path = [torch.zeros_like(p) for p in self._start]  # ω
+        self._gradients = [torch.zeros_like(p) for p in self._start]
+        self._moves = [torch.zeros_like(p) for p in self._start]
 
     def loss(self, batch: Batch) -> Tensor:
         return super().loss(batch) + self.anchor.penalty()
@@ -63,11 +64,11 @@ class SI(GradientStrategy):
         whole = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
         with torch.no_grad():
             # Before clipping, which changes gradients in place.
-            uphill = torch._foreach_sub(whole, self.anchor.gradient())
+            self.anchor.without_gradient(whole, out=self._gradients)
             torch._foreach_copy_(self._moves, weights)
             self.descend()
             torch._foreach_sub_(self._moves, weights)  # −Δθ
-            torch._foreach_addcmul_(self._path, uphill, self._moves)
+            torch._foreach_addcmul_(self._path, self._gradients, self._moves)
 
     @torch.no_grad()
     def after(self, experience: Experience) -> None:  # noqa: ARG002

@@ -46,10 +46,14 @@ class Anchor:
         return pull + self._constant
 
     @torch.no_grad()
-    def gradient(self) -> list[Tensor]:
-        """c∘(θ − θ*), the gradient of the penalty in closed form."""
+    def without_gradient(self, whole: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        """out = whole − c∘(θ − θ*): gradients of a loss less the penalty's, in closed form."""
+        if not self.active:
+            torch._foreach_copy_(list(out), list(whole))
+            return
         _subtract(self._residuals, self._scales, self._targets, self.parameters)
-        return list(torch._foreach_mul(self._scales, self._residuals))
+        for w, s, r, o in zip(whole, self._scales, self._residuals, out, strict=True):
+            torch.addcmul(w, s, r, value=-1, out=o)
 
     def curvature(self) -> list[Tensor]:
         """c, the second derivative of the penalty."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clbench.errors import UserError
 from clbench.nn.heads import CosineHead
-from clbench.nn.sample_gradients import mean_gradient_powers
+from clbench.nn.sample_gradients import LIMITS, Power, mean_gradient_powers
 from clbench.nn.transforms import Identity
 from clbench.samples import Samples, TensorSource
 
@@ -131,7 +131,7 @@ def one_by_one(model: nn.Module, samples: Samples, power: int, size: int = 1) ->
 
 @pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
-def test_equals_one_sample_at_a_time(name: str, power: int) -> None:
+def test_equals_one_sample_at_a_time(name: str, power: Power) -> None:
     model, samples = prepared(name)
     expected = one_by_one(model, samples, power)
     found = mean_gradient_powers(model, samples, mixed, power, batch_size=4)
@@ -153,7 +153,7 @@ def test_of_batches_equals_plain_autograd(name: str) -> None:
 def test_batch_size_and_pieces_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, samples = prepared(name)
     whole = mean_gradient_powers(model, samples, mixed, 2, batch_size=11)
-    monkeypatch.setattr("clbench.nn.sample_gradients.LIMIT", 1)  # one sample at a time
+    monkeypatch.setitem(LIMITS, "cpu", 1)  # one sample at a time
     pieces = mean_gradient_powers(model, samples, mixed, 2, batch_size=3)
     for key, value in whole.items():
         torch.testing.assert_close(pieces[key], value)
