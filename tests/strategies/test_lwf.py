@@ -84,9 +84,15 @@ def test_the_first_experience_asks_no_teacher(
     bench: Make, same_weights: Callable[..., bool]
 ) -> None:
     one = bench()
-    lwf = one.learned(LwF(lwf_lambda=100, cross_entropy_over="all"), 0)
+    lwf = one.prepare(LwF(lwf_lambda=100, cross_entropy_over="all"))
+    asked: list[nn.Module] = []
+    lwf.teacher.register_forward_pre_hook(lambda teacher, _: asked.append(teacher))
+    one.teach(lwf, 0)
+    assert not asked
     assert same_weights(lwf.model, one.learned(Finetune(), 0).model)
     assert lwf.known == [0, 1]
+    one.teach(lwf, 1)
+    assert asked
 
 
 def test_over_new_classes_old_and_coming_outputs_are_left_alone(bench: Make) -> None:
