@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from clbench.errors import Diverged
+from clbench.errors import Diverged, UserError
 from clbench.samples import Batch, Samples
 from clbench.types import (
     CLASSIFICATION,
@@ -230,6 +230,12 @@ class Wrapper(Trainer, ABC):
     def check(self, scenario: Scenario) -> None:
         super().check(scenario)
         self.base.check(scenario)
+        base = type(self.base)
+        if base.learn is not Trainer.learn or base.fit is not Trainer.fit:
+            raise UserError(
+                f"{type(self).__name__} can't wrap {base.__name__}, which has a loop of its own. "
+                "Choose another strategy.base."
+            )
 
     def before(self, experience: Experience) -> None:
         self.base.before(experience)
