@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clbench.errors import Diverged, UserError
-from clbench.nn.backbones import Backbone
-from clbench.nn.heads import classifier
+from clbench.nn.backbones import Backbone, describe
+from clbench.nn.heads import Classifier, classifier
 from clbench.nn.transforms import ImageTransform
 from clbench.samples import Batch, MappedSource, Samples, Source, TensorSource, concatenate
 from clbench.types import (
@@ -156,6 +156,11 @@ class ImageScenario(Scenario):
     def model(self, seed: int, stream: Stream) -> nn.Module:  # noqa: ARG002
         shape = tuple(stream.facts["image_shape"])
         return classifier(self.backbone, shape, stream.n_outputs, self.head)
+
+    def model_facts(self, model: nn.Module) -> Mapping[str, Any]:
+        """The backbone's name, size, weights and normalisation."""
+        assert isinstance(model, Classifier)
+        return {"backbone": describe(self.backbone, model.features)}
 
     def transform(self, images: Images) -> ImageTransform:
         """Augmentation of the options, normalisation of the backbone's weights or of the data."""

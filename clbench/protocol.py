@@ -208,7 +208,7 @@ class _Loop:
         self.costs |= {"parameters": parameters, "forward_flops": flops}
         self.result.experiences = [e.name for e in self.stream.experiences]
         self.result.test_sizes = [len(t) for t in self.stream.tests]
-        self.result.scenario_facts = dict(self.stream.facts)
+        self.result.scenario_facts = {**self.stream.facts, **self.scenario.model_facts(model)}
         self.result.environment = dict(machine.environment(self.device, threads))
         return threads
 

@@ -162,6 +162,10 @@ class Scenario(ABC):
     def objective(self) -> Objective:
         """What is minimised and scored."""
 
+    def model_facts(self, model: nn.Module) -> Mapping[str, Any]:  # noqa: ARG002
+        """Plain data for the result file about the model that `model` returned."""
+        return {}
+
     def fingerprint(self) -> Mapping[str, Any]:
         """What decides the numbers besides the options: the content of the user's own files."""
         return {}
