@@ -224,7 +224,7 @@ def _part(
     from torchvision import datasets
 
     with warnings.catch_warnings():
-        # CIFAR's files were written by an old NumPy, and the new one says so.
+        # NumPy 2.4.0 to 2.4.4 warn of the files that NumPy 1 wrote, as CIFAR's.
         warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
         try:
             read = vars(datasets)[known.title](str(data_dir), train=train, download=download)

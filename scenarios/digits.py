@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from clbench.classification import ClassIncrementalImages, Images, channel_statistics
+from clbench.datasets import digit_images
 from clbench.samples import TensorSource
 from clbench.types import Split
 
@@ -29,16 +29,13 @@ class Digits(ClassIncrementalImages):
     n_experiences: int = 5
 
     def images(self, split: Split) -> Images:
-        from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
-        pixels, labels = load_digits(return_X_y=True)
+        images, targets = digit_images()
+        labels = targets.numpy()
         tune, evaluate = _halves(train_test_split, np.arange(len(labels)), labels, 2 / 3)
         chosen = tune if split is Split.TUNE else evaluate
         train, test = _halves(train_test_split, chosen, labels[chosen], 0.25)
-        # 0..16 ink levels to 0..255.
-        images = torch.from_numpy(np.rint(pixels * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
-        targets = torch.from_numpy(labels.astype(np.int64))
         mean, std = channel_statistics(images[train])
         return Images(
             train=TensorSource(images[train], targets[train]),
