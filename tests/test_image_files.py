@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from clbench import image_files
 from clbench.classification import Images
 from clbench.errors import UserError
 from clbench.image_files import Entry, ImageFiles, decode, listed, load, statistics
+from clbench.machine import available_memory
 from clbench.samples import MappedSource, Source, TensorSource
 
 
@@ -342,3 +344,19 @@ def test_an_error_stops_the_other_threads(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(KeyboardInterrupt):
         decode(files, 4, 3, lambda shape: np.zeros(shape, np.uint8), interrupt)
     assert len(count) < len(files.entries) / 2
+
+
+def test_free_memory_is_within_the_machine_s_and_its_container_s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < available_memory() <= there
+    real = Path.read_text
+
+    def read(path: Path, *arguments: str) -> str:
+        if path == Path("/sys/fs/cgroup/memory.max"):
+            return "12345\n"
+        return real(path, *arguments)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert available_memory() == 12345
