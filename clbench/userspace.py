@@ -40,7 +40,10 @@ def join(folder: Path) -> Path | None:
         for name in PLUGINS:
             _guard_code(folder / name, suite() / name)
         _guard_configuration(folder / "conf", configuration())
-    search_last(folder)
+        search_last(folder)
+    else:
+        # This checkout's plug-ins, not those of another installed copy, for this engine.
+        sys.path[:] = [str(folder), *(p for p in sys.path if p and Path(p).resolve() != folder)]
     own = folder / "conf"
     return own if own.is_dir() and own != configuration() else None
 
