@@ -42,7 +42,7 @@ class Noting(GradientStrategy):
     def note(self, moment: str) -> None:
         self._moments.append((moment, self.model.training))
 
-    def before(self, experience: Experience) -> None:
+    def before(self, experience: Experience) -> None:  # noqa: ARG002
         self.note("before")
 
     def begin(self, steps: int) -> None:
@@ -72,7 +72,7 @@ class Noting(GradientStrategy):
         self.note("observe")
         self._observed.append(batch.index)
 
-    def after(self, experience: Experience) -> None:
+    def after(self, experience: Experience) -> None:  # noqa: ARG002
         self.note("after")
 
 
@@ -220,7 +220,7 @@ def test_plain_steps_are_gradient_descent() -> None:
         gradients = torch.autograd.grad(loss, list(own.parameters()))
         with torch.no_grad():
             for parameter, gradient in zip(own.parameters(), gradients, strict=True):
-                parameter -= 0.2 * gradient
+                parameter.sub_(0.2 * gradient)
     for a, b in zip(strategy.model.parameters(), own.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
