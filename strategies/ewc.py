@@ -37,7 +37,7 @@ class EWC(GradientStrategy):
             small for "batch" by about the batch size. SGD diverges once lr·ewc_lambda·ΣF > 2.
         form: "separate" or "online".
         gamma: What one more experience leaves of the old F, in [0, 1]; "online" only.
-        fisher: "exact", "empirical" or "batch"; see `clbench.nn.fisher`.
+        fisher: "exact", "empirical", "weighted" or "batch"; see `clbench.nn.fisher`.
         fisher_samples: Samples of each experience that estimate F, drawn at random; 0: all.
 
     **Differs from the paper:** nothing in the equations of 2017, which leave the estimate open.
@@ -45,7 +45,7 @@ class EWC(GradientStrategy):
     too. The separate terms are kept as the one quadratic they sum to, so memory does not grow
     (two vectors); value and gradient are the same. The paper of 2018 multiplies the penalty by
     gamma once more, as if ewc_lambda were gamma·ewc_lambda. The default is Mammoth's, which
-    leaves out the ½ and has the label's term of "exact" only; van de Ven has 100 with Adam.
+    leaves out the ½ and has "weighted"; van de Ven has 100 with Adam.
     Avalanche leaves out the ½ and has "batch" on batches in stored order (here it is drawn).
     """
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clbench.nn.sample_gradients import mean_gradient_powers
+from clbench.nn.sample_gradients import Cotangents, mean_gradient_powers
 from clbench.samples import Samples
 
-Fisher = Literal["exact", "empirical", "batch"]
+Fisher = Literal["exact", "empirical", "weighted", "batch"]
 
 
 def diagonal_fisher(
@@ -29,6 +29,7 @@ def diagonal_fisher(
     |---|---|---|
     | "exact" | E_x Σ_y p(y|x) (∂ log p(y|x) / ∂θ)² | the definition; van de Ven, "all" |
     | "empirical" | E_x (∂ log p(y_x|x) / ∂θ)², y_x the label | van de Ven, "true" |
+    | "weighted" | E_x p(y_x|x) (∂ log p(y_x|x) / ∂θ)²: the label's term of "exact" | Mammoth |
     | "batch" | E_batches (∂ mean log p(y_x|x) / ∂θ)² | Avalanche; roughly 1/batch_size as large |
 
     p is the softmax over all outputs, those of classes still to come included, as the
@@ -49,7 +50,7 @@ def diagonal_fisher(
     return mean_gradient_powers(
         model,
         samples,
-        _every_label if kind == "exact" else _true_label,
+        _COTANGENTS[kind],
         power=2,
         names=names,
         order=order,
@@ -63,6 +64,13 @@ def _true_label(outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
     yield F.one_hot(targets, outputs.shape[1]) - outputs.softmax(1)
 
 
+def _weighted_label(outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
+    """√p(y) ∂ log p(y) / ∂h of the label."""
+    p = outputs.softmax(1)
+    share = p.gather(1, targets[:, None])
+    yield (F.one_hot(targets, outputs.shape[1]) - p) * share.sqrt()
+
+
 def _every_label(outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:  # noqa: ARG001
     """√p(y) ∂ log p(y) / ∂h, whose square is weighted by p(y)."""
     p = outputs.softmax(1)
@@ -70,3 +78,11 @@ def _every_label(outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:  # noqa:
         v = -p
         v[:, label] += 1
         yield v * p[:, label, None].sqrt()
+
+
+_COTANGENTS: Mapping[Fisher, Cotangents] = {
+    "exact": _every_label,
+    "empirical": _true_label,
+    "weighted": _weighted_label,
+    "batch": _true_label,
+}

@@ -49,6 +49,22 @@ def test_empirical() -> None:
     torch.testing.assert_close(found["bias"], residuals.square().mean(0))
 
 
+def test_weighted() -> None:
+    """p_y (δ_yc − p_c)² x_j² for the label y; over all labels these add up to "exact"."""
+    model, samples, inputs, residuals = drawn()
+    p = model(inputs).detach().softmax(1)[torch.arange(7), samples.targets, None]
+    found = diagonal_fisher(model, samples, "weighted", batch_size=3)
+    torch.testing.assert_close(found["weight"], (p * residuals.square()).T @ inputs.square() / 7)
+    torch.testing.assert_close(found["bias"], (p * residuals.square()).mean(0))
+    relabelled = (
+        Samples(TensorSource(inputs, torch.full((7,), y)), samples.index, samples.transform)
+        for y in range(4)
+    )
+    terms = [diagonal_fisher(model, part, "weighted")["weight"] for part in relabelled]
+    exact = diagonal_fisher(model, samples, "exact")["weight"]
+    torch.testing.assert_close(torch.stack(terms).sum(0), exact)
+
+
 def test_batch() -> None:
     """Three batches of 3, 3 and 1 samples, each counted once."""
     model, samples, inputs, residuals = drawn()
@@ -59,18 +75,26 @@ def test_batch() -> None:
     torch.testing.assert_close(found["weight"], weight / 3)
 
 
-@pytest.mark.parametrize(("kind", "weight"), [("exact", 0.5), ("empirical", 0.5), ("batch", 0.0)])
-def test_by_hand(kind: Fisher, weight: float) -> None:
+@pytest.mark.parametrize(
+    ("kind", "weight", "bias"),
+    [
+        ("exact", 0.5, 0.25),
+        ("empirical", 0.5, 0.25),
+        ("weighted", 0.25, 0.125),
+        ("batch", 0.0, 0.25),
+    ],
+)
+def test_by_hand(kind: Fisher, weight: float, bias: float) -> None:
     """Two classes with p = ½ everywhere, x = 1 and −1 with one label, then x = √3 and −√3.
 
-    Each sample has the gradient ±x/2, squared x²/4: (1 + 1 + 3 + 3)/4/4 = ½. In batches of two
-    the gradients cancel.
+    Each sample has the gradient ±x/2, squared x²/4: (1 + 1 + 3 + 3)/4/4 = ½; weighted by p, half
+    of that. In batches of two the gradients cancel.
     """
     inputs = torch.tensor([1, -1, 3**0.5, -(3**0.5)])[:, None]
     model, samples = linear(inputs, torch.tensor([0, 0, 1, 1]), torch.zeros(2, 1))
     found = diagonal_fisher(model, samples, kind, batch_size=2)
     torch.testing.assert_close(found["weight"], torch.full((2, 1), weight, dtype=torch.float64))
-    biases = torch.full((2,), 0.25, dtype=torch.float64)  # labels agree within a batch
+    biases = torch.full((2,), bias, dtype=torch.float64)  # labels agree within a batch
     torch.testing.assert_close(found["bias"], biases)
 
 
