@@ -231,6 +231,23 @@ def test_evaluations_change_no_weight() -> None:
         assert torch.equal(a, b)
 
 
+class Dreaming(Noisy):
+    """Draws from the global generator when it predicts, as dropout left on would."""
+
+    def predict(self, batch: Batch) -> Tensor:
+        return super().predict(batch) + torch.rand(1)
+
+
+def test_numbers_drawn_while_predicting_disturb_nobody() -> None:
+    plain, often = Dreaming(), Dreaming()
+    state = torch.get_rng_state()
+    run(TOY, plain, CPU)
+    run(TOY, often, replace(CPU, evaluate_every=1))
+    assert torch.equal(torch.get_rng_state(), state)
+    for a, b in zip(plain.model.parameters(), often.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize(
     ("at_most", "looked_at"), [(1, 1), (3, 3), (4, 4), (7, 5), (10, 10), (99, 10)]
 )
@@ -418,11 +435,20 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(stop: int, tmp_path: Path
 
 def test_a_resumed_run_keeps_its_thread_count(tmp_path: Path) -> None:
     """Another count would give other bits."""
+    threads: list[int] = []
+
+    class Counting(Learner):
+        """Notes with how many threads it learns."""
+
+        def before(self, experience: Experience) -> None:  # noqa: ARG002
+            threads.append(torch.get_num_threads())
+
     with folder(tmp_path) as where, pytest.raises(KeyboardInterrupt):
-        run(TOY, Learner(), replace(CPU, threads=2), folder=where, progress=StopAt(1))
+        run(TOY, Counting(), replace(CPU, threads=2), folder=where, progress=StopAt(1))
     before = torch.get_num_threads()
     with folder(tmp_path) as where:
-        result = run(TOY, Learner(), replace(CPU, threads=1), folder=where)
+        result = run(TOY, Counting(), replace(CPU, threads=1), folder=where)
+    assert threads == [2, 2, 2]
     assert result.environment["threads"] == 2
     assert torch.get_num_threads() == before
 
