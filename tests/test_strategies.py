@@ -275,7 +275,8 @@ def plugged_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the classes of this file look like a file of the user's in strategies/."""
     name = "strategies.with_faults"
     module = ModuleType(name)
-    for kind in (Sound, *FAULTS):
+    kinds: list[type[Sound]] = [Sound, *FAULTS]
+    for kind in kinds:
         monkeypatch.setattr(kind, "__module__", name)
         setattr(module, kind.__name__, kind)
     monkeypatch.setitem(sys.modules, name, module)
