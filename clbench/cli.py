@@ -80,6 +80,10 @@ def _guarded(action: Callable[[], int]) -> int:
         message = _unknown_choice(error)
     except (HydraException, OmegaConfBaseException) as error:
         message = _composition(error)
+    except ValueError as error:  # Hydra's own for scenario=null
+        if "Config group override" not in str(error):
+            raise
+        message = "A group (scenario, strategy, backbone) needs the name of one of its choices."
     print(f"error: {message}", file=sys.stderr)
     return MISTAKE
 

@@ -169,6 +169,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["strategy._target_=strategies.ewcc.EWC"],
         ["strategies/ewcc.py"],
     ),
+    "no scenario": (["scenario=null"], ["needs the name of one of its choices"]),
     "a reference to nothing": (["strategy.lr=${nowhere}"], ["strategy.lr: ", "'nowhere'"]),
     "a report without runs": (["phase=report"], ["No results folder results", "Run something"]),
 }
