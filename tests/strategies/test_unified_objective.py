@@ -48,7 +48,7 @@ def objective(
 
 
 def negative_entropy(p: Tensor) -> Tensor:
-    return torch.special.xlogy(p, p).sum()
+    return torch.xlogy(p, p).sum()
 
 
 def half_square(p: Tensor) -> Tensor:
