@@ -23,9 +23,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from clbench.errors import UserError
 from clbench.types import derive_seed
 
-#: Operations in a forward pass of one training batch above which a second thread pays.
-#: An MLP 784-400-400-10 with 64 samples (6e7) runs 1.7 x faster on one thread than on two,
-#: a slim ResNet-18 with 32 samples (3e9) runs 1.7 x faster on two.
+#: Operations in a forward pass of one training batch above which all cores are used.
+#: On two idle cores the second thread always pays: a step is 1.6 x as fast for an MLP
+#: 784-400-400-10 with 64 samples (6e7), 1.3 to 1.6 x for a slim ResNet-18 with 32 (3e9), 1.7 x
+#: for a ResNet-20 with 32 (3e9), 1.85 x for a ViT-Ti of 64 patches with 32 (2e10).
+#: Where another process has one of the cores, threads wait for each other, and two are slower
+#: than one: 100 x for that MLP, 3 x and more for the slim ResNet. Small models are run side by
+#: side, a process a core, so they get one thread.
 FLOPS_PER_STEP_FOR_THREADS = 5e8
 
 
