@@ -54,14 +54,15 @@ class Refresh(Wrapper):
 
     **Differs from the paper:** nothing in the equations of "sde" but the damping, without which
     F⁻¹ has no bound. The paper's gamma, J and estimate of F could not be confirmed; the defaults
-    are ours, but for the code's decay. gamma is small because the equation's noise moves every weight by √(2 gamma / F̃) in
-    every step, 0.0014 with the defaults where F is small, and adds up over steps; its damping is
-    about the F of the most important weights of a small network. The released code, DER++ only,
-    is `strategy=refresh_code`: "relative", "arriving", gamma 1e-5, noise 0.001, damping 1000 (its
-    1/(1 + 0.001 F)), decay 1e-5, "weighted". Its F is of single augmented samples in training
-    mode, each normalised by itself; here it is in evaluation mode and nothing is augmented. As in
-    the code, "relative" moves a tensor whose gradient is mere rounding (a bias before a batch
-    norm) as far as any. On a CPU the noise is drawn from a pool: `clbench.nn.noise`.
+    are ours, but for the code's decay. gamma is small because the equation's noise moves every
+    weight by √(2 gamma / F̃) in every step, 0.0014 with the defaults where F is small, and adds up
+    over steps; damping is about the F of the most important weights of a small network. The
+    released code, DER++ only, is `strategy=refresh_code`: "relative", "arriving", gamma 1e-5,
+    noise 0.001, damping 1000 (its 1/(1 + 0.001 F)), decay 1e-5, "weighted". Its F is of single
+    augmented samples in training mode, each normalised by itself; here it is in evaluation mode
+    and nothing is augmented. As in the code, "relative" moves a tensor whose gradient is mere
+    rounding (a bias before a batch norm) as far as any. On a CPU the noise is drawn from a pool:
+    `clbench.nn.noise`.
     """
 
     form: Literal["sde", "relative"] = "sde"
