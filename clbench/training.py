@@ -148,10 +148,12 @@ class GradientStrategy(Trainer, ABC):
         self.model.eval()
 
     def predict(self, batch: Batch) -> Tensor:
-        training = self.model.training
+        # Module by module: a method may keep parts in evaluation mode while it trains.
+        training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         outputs = self.forward(batch.inputs)
-        self.model.train(training)
+        for module in training:
+            module.training = True
         return outputs
 
     def before(self, experience: Experience) -> None:

@@ -405,3 +405,15 @@ def test_batches_shuffle_without_the_global_generator() -> None:
     assert [len(b) for b in first] == [20, 20, 10, 20, 20, 10]
     assert [b.index.tolist() for b in context().batches(samples, 2, 20)] == first
     assert [b.index.tolist() for b in context(seed=1).batches(samples, 2, 20)] != first
+
+
+def test_predict_puts_back_the_mode_of_every_part() -> None:
+    strategy = Plain()
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 2))
+    strategy.setup(model, context())
+    model.train()
+    model[0].eval()
+    before = [module.training for module in model.modules()]
+    inputs, nothing = torch.randn(3, 4), torch.empty(0, dtype=torch.int64)
+    strategy.predict(Batch(inputs, nothing, inputs, torch.arange(3)))
+    assert [module.training for module in model.modules()] == before
