@@ -22,7 +22,7 @@ from clbench import protocol
 from clbench.classification import ClassIncrementalImages, Images
 from clbench.config import build, options
 from clbench.machine import isolated_rng
-from clbench.nn.backbones import MLP, Backbone
+from clbench.nn.backbones import MLP, Backbone, FeatureExtractor, TimmFeatures
 from clbench.progress import Silent
 from clbench.results import Result, RunFolder
 from clbench.samples import TensorSource
@@ -59,6 +59,45 @@ class ToyScenario(ClassIncrementalImages):
 
         train, test = part(self.per_class), part(self.per_class // 2)
         return Images(train, test, [f"pattern {i}" for i in range(6)], (0.5,), (0.3,))
+
+
+@dataclass(kw_only=True)
+class ToyViT(Backbone):
+    """timm's vision transformer in miniature, for `ToyScenario`: 16 features, two blocks.
+
+    Started at random, with tokens and activations of the size that trained ones have, so that its
+    features tell the toy's patterns apart.
+
+    Attributes:
+        patch_size: In pixels.
+    """
+
+    patch_size: int = 3
+
+    @property
+    def is_vision_transformer(self) -> bool:
+        return True
+
+    def _assemble(
+        self, image_shape: tuple[int, int, int]
+    ) -> tuple[FeatureExtractor, dict[str, Tensor]]:
+        from timm.models.vision_transformer import VisionTransformer
+
+        channels, *size = image_shape
+        model = VisionTransformer(
+            img_size=tuple(size),
+            patch_size=self.patch_size,
+            in_chans=channels,
+            num_classes=0,
+            embed_dim=16,
+            depth=2,
+            num_heads=2,
+            mlp_ratio=2,
+        )
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.3)
+        return TimmFeatures(model, model.num_features), {}
 
 
 Check = Callable[[Strategy, Scenario], None]

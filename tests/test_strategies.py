@@ -20,12 +20,12 @@ from clbench.errors import UserError
 from clbench.nn.memory import Memory
 from clbench.samples import Batch
 from clbench.state import capture
-from clbench.testing import CHECKS, Check, ToyScenario, check_strategy, run_check
+from clbench.testing import CHECKS, Check, ToyScenario, ToyViT, check_strategy, run_check
 from clbench.training import GradientStrategy
 from clbench.types import Context, Experience, Scenario, Strategy
 
 #: The first one on which a strategy says that it works is the one it is checked on.
-TOYS: tuple[Scenario, ...] = (ToyScenario(),)
+TOYS: tuple[Scenario, ...] = (ToyScenario(), ToyScenario(backbone=ToyViT()))
 BY_NAME: dict[str, Check] = {check.__name__: check for check in CHECKS}
 
 

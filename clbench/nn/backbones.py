@@ -93,6 +93,11 @@ class Backbone(ABC):
         return self.weights is not None
 
     @property
+    def is_vision_transformer(self) -> bool:
+        """Whether it makes one of timm's, as methods need that put things between its blocks."""
+        return False
+
+    @property
     def title(self) -> str:
         """Name for result files."""
         return type(self).__name__
@@ -262,6 +267,13 @@ class Timm(Backbone):
         return self.pretrained or self.weights is not None
 
     @property
+    def is_vision_transformer(self) -> bool:
+        from timm.models import is_model_in_modules
+
+        known = "vision_transformer", "deit"
+        return bool(is_model_in_modules(self.name.partition(".")[0], known))
+
+    @property
     def title(self) -> str:
         return f"timm/{self.name}"
 
@@ -293,7 +305,7 @@ class Timm(Backbone):
             model.reset_classifier(0)
         n_features = _timm_features(model, image_shape, self.name)
         _require_whole_patches(model, image_shape, self.name)
-        return _TimmFeatures(model, n_features), head
+        return TimmFeatures(model, n_features), head
 
     def _create(
         self,
@@ -451,12 +463,20 @@ class _MLPFeatures(FeatureExtractor):
         return features
 
 
-class _TimmFeatures(FeatureExtractor):
+class TimmFeatures(FeatureExtractor):
+    """Features of a model of timm.
+
+    Args:
+        model: timm's module, without a classifier.
+        n_features: Length of its output.
+    """
+
     def __init__(self, model: nn.Module, n_features: int) -> None:
         super().__init__()
         self.model, self.n_features = model, n_features
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, n_features]."""
         features: Tensor = self.model(x)
         return features
 
