@@ -31,6 +31,7 @@ class CosineHead(nn.Module):
         out_features: Number of classes.
         scale: Largest logit; the start when it is learnable.
         learnable: Train the scale with the weights.
+        generator: Draws the weights, on the CPU; default: torch's global one.
 
     Attributes:
         weight: [out_features, in_features], as in `nn.Linear`; uniform in ±1/sqrt(in_features).
@@ -40,12 +41,18 @@ class CosineHead(nn.Module):
     scale: Tensor
 
     def __init__(
-        self, in_features: int, out_features: int, scale: float = 10.0, learnable: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        scale: float = 10.0,
+        learnable: bool = False,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         bound = in_features**-0.5
-        self.weight = nn.Parameter(torch.empty(out_features, in_features).uniform_(-bound, bound))
+        weight = torch.empty(out_features, in_features)
+        self.weight = nn.Parameter(weight.uniform_(-bound, bound, generator=generator))
         if learnable:
             self.scale = nn.Parameter(torch.tensor(scale))
         else:
