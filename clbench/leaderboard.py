@@ -16,6 +16,8 @@ AVERAGED = (
     "task_aware_average_accuracy",
     "train_seconds",
     "evaluate_seconds",
+    "forward_samples",
+    "backward_samples",
     "memory_samples",
     "parameters",
 )

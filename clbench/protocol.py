@@ -15,6 +15,7 @@ from torch import Tensor
 from clbench import checkpoint, machine, metrics
 from clbench.config import options
 from clbench.errors import Diverged, UserError
+from clbench.passes import BACKWARD, FORWARD, Passes
 from clbench.progress import Progress, Silent
 from clbench.results import Result, RunFolder, run_id
 from clbench.samples import Batch
@@ -175,7 +176,10 @@ class _Loop:
             "train_seconds": 0.0,
             "evaluate_seconds": 0.0,
             "train_samples": 0,
+            FORWARD: 0,
+            BACKWARD: 0,
         }
+        self.passes = Passes(self.costs)
 
     def run(self) -> None:
         """Every experience: learn, score, save."""
@@ -187,7 +191,11 @@ class _Loop:
         self.stream = stream.to(self.device)
         model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         threads = self._describe(model)
-        with machine.thread_count(threads), machine.deterministic():
+        with (
+            machine.thread_count(threads),
+            machine.deterministic(),
+            self.passes.watch(model),
+        ):
             self._set_up(model)
             start = self._resume()
             for experience in self.stream.experiences[start:]:
@@ -234,7 +242,8 @@ class _Loop:
         self.experience, self.evaluating = experience, 0.0
         machine.synchronise(self.device)
         began = time.perf_counter()
-        with machine.isolated_rng(self.conditions.seed, f"learn {experience.index}"):
+        rng = machine.isolated_rng(self.conditions.seed, f"learn {experience.index}")
+        with rng, self.passes.counting(True):
             self.strategy.learn(experience)
         machine.synchronise(self.device)
         self.costs["train_seconds"] += time.perf_counter() - began - self.evaluating
@@ -265,7 +274,8 @@ class _Loop:
                 for t in tests
             ]
         grad: Any = nullcontext() if self.strategy.adapts else torch.inference_mode()
-        with grad, machine.isolated_rng(self.conditions.seed, "score"):
+        rng = machine.isolated_rng(self.conditions.seed, "score")
+        with grad, rng, self.passes.counting(False):
             return self.objective.score(
                 self._predict,
                 tests,
@@ -318,7 +328,8 @@ class _Loop:
         saved = checkpoint.load(self.folder.checkpoint, self.device) if self.folder else None
         if saved is None or self.folder is None:
             return 0
-        self.step, self.costs = saved["step"], saved["costs"]
+        self.step = saved["step"]
+        self.costs.update(saved["costs"])
         self.result.accuracy_matrix = saved["accuracy_matrix"]
         self.result.task_aware_accuracy_matrix = saved["task_aware_accuracy_matrix"]
         self.result.evaluations = saved["evaluations"]

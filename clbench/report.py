@@ -18,6 +18,8 @@ _SHOWN = {
     "learning_accuracy": "learning accuracy, %",
     "task_aware_average_accuracy": "task-aware average accuracy, %",
     "memory_samples": "samples kept",
+    "forward_samples": "samples forward",
+    "backward_samples": "samples backward",
     "train_seconds": "train, s",
 }
 
@@ -86,8 +88,8 @@ def _number(row: pd.Series, name: str, title: str) -> str:
     mean, deviation = row[name], row[f"{name}_std"]
     if pd.isna(mean):
         return "-"
-    if name == "memory_samples":
-        return f"{mean:.0f}"
+    if name.endswith("_samples"):
+        return f"{mean:,.0f}"
     scale = 100 if title.endswith("%") else 1
     spread = "" if pd.isna(deviation) else f" ± {scale * deviation:.1f}"
     return f"{scale * mean:.1f}{spread}"
