@@ -142,7 +142,8 @@ class VPT(nn.ParameterList):
     Jia et al. 2022, "Visual Prompt Tuning", arXiv 2203.12119; "shallow": the same tokens go
     through all blocks; "deep": each block gets new ones.
 
-    **Differs from the paper:** zero at the start, as in the code of APER; the paper draws them.
+    **Differs from the paper:** zero at the start, as in the code of APER, where the slope of the
+    layer norm is steepest; the paper draws them.
 
     Args:
         vit: Whose blocks they are for; nothing is put into it until `put_into`.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from clbench.errors import UserError
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import Block, VisionTransformer
+
+Inserted = TypeVar("Inserted", bound="Insertion")
 
 #: What to tell a user whose backbone can't be used.
 BACKBONES = (
@@ -71,7 +73,7 @@ class Insertion:
             handle.remove()
         self.handles = []
 
-    def __enter__(self) -> Insertion:
+    def __enter__(self: Inserted) -> Inserted:
         return self
 
     def __exit__(
@@ -93,7 +95,7 @@ def add_beside_mlp(vit: VisionTransformer, modules: Iterable[nn.Module]) -> Inse
         modules: One for each block, [B, N, D] to [B, N, D].
     """
     handles = []
-    for block, module in zip(vit.blocks, modules, strict=True):
+    for block, module in list(zip(vit.blocks, modules, strict=True)):
         branch = _Branch(module)
         handles.append(block.norm2.register_forward_pre_hook(branch.keep))
         handles.append(block.register_forward_hook(branch.add))
@@ -150,6 +152,35 @@ class Tokens(Insertion):
         kept = output.shape[1] - self.tokens.shape[-2]
         self.outputs = output[:, kept:]
         return output[:, :kept]
+
+
+class PooledTokens(Insertion):
+    """Tokens at the end of the sequence that speak for it: the features are their mean output.
+
+    Whatever the transformer pools gets, in the place of class token and patches, the mean of what
+    became of the tokens, after the final norm.
+
+    Args:
+        vit: A vision transformer.
+        tokens: [L, D], or [B, L, D] for each sample its own; at least one.
+    """
+
+    def __init__(self, vit: VisionTransformer, tokens: Tensor) -> None:
+        self.tokens = tokens
+        super().__init__(
+            (
+                vit.blocks[0].register_forward_pre_hook(self._append),
+                vit.norm.register_forward_hook(self._pool),
+            )
+        )
+
+    def _append(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:  # noqa: ARG002
+        return (_append(args[0], self.tokens), *args[1:])
+
+    def _pool(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG002
+        length = self.tokens.shape[-2]
+        mean = output[:, -length:].mean(1, keepdim=True)
+        return mean.expand(-1, output.shape[1] - length, -1)
 
 
 def add_prefix(block: Block, keys: Tensor, values: Tensor) -> Insertion:
