@@ -44,6 +44,7 @@ class Result:
         costs: Seconds, samples, bytes, parameters.
         environment: Versions and device.
         scenario_facts: Class names and whatever the scenario found out about its data.
+        strategy_facts: Whatever the strategy found out.
         status: "complete", "failed" or "diverged".
         reason: Why it is not complete.
         schema: Version of this layout.
@@ -60,6 +61,7 @@ class Result:
     costs: dict[str, float | int | None] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     scenario_facts: dict[str, Any] = field(default_factory=dict)
+    strategy_facts: dict[str, Any] = field(default_factory=dict)
     status: str = "complete"
     reason: str | None = None
     schema: int = SCHEMA

@@ -333,6 +333,7 @@ def _learned(
             objective=scenario.objective(),
             transform=stream.transform,
             n_outputs=stream.n_outputs,
+            stream_batches=stream.batches(scenario),
         )
         strategy.setup(model, context)
         for experience in stream.experiences[:experiences]:

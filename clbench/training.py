@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -276,3 +276,6 @@ class Wrapper(Trainer, ABC):
     @property
     def memory_samples(self) -> int:
         return self.base.memory_samples
+
+    def facts(self) -> Mapping[str, Any]:
+        return self.base.facts()

@@ -84,6 +84,11 @@ class Stream:
         tests = [move(t) for t in self.tests]
         return Stream(experiences, tests, self.transform, self.n_outputs, self.facts)
 
+    def batches(self, scenario: Scenario) -> int:
+        """Mini-batches that arrive over the whole stream, those of every epoch counted."""
+        sizes = (len(e.train) for e in self.experiences if e.train is not None)
+        return scenario.epochs * sum(-(-size // scenario.batch_size) for size in sizes)
+
     def _samples(self) -> Iterator[Samples]:
         yield from (e.train for e in self.experiences if e.train is not None)
         yield from self.tests
@@ -189,6 +194,9 @@ class Context:
         objective: Loss and scores.
         transform: Turns stored samples into model inputs.
         n_outputs: Classes over the whole stream.
+        stream_batches: Mini-batches that will arrive over the whole stream, every epoch counted;
+            0: not known. The horizon of a budget: into how many experiences it divides, and
+            where, is not told.
         seen: The experiences met so far, for strategies that declare `revisits`; else empty.
         on_step: Called after every training step with the number of stream samples used.
     """
@@ -202,11 +210,13 @@ class Context:
         objective: Objective,
         transform: Transform,
         n_outputs: int,
+        stream_batches: int = 0,
         precision: str = "fp32",
         on_step: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.device, self.seed, self.scenario = device, seed, scenario
         self.objective, self.transform, self.n_outputs = objective, transform, n_outputs
+        self.stream_batches = stream_batches
         self.precision, self.on_step = precision, on_step
         self.seen: list[Experience] = []
         self.generators: dict[str, torch.Generator] = {}
@@ -306,6 +316,13 @@ class Strategy(ABC):
     def memory_samples(self) -> int:
         """Stored samples of the stream, in its memories."""
         return 0
+
+    def facts(self) -> Mapping[str, Any]:
+        """What the method found out, for the result file: plain data, every number finite.
+
+        Asked for once, when the whole stream has been learned.
+        """
+        return {}
 
 
 #: Metadata of fields that say where files lie; they are no part of a run's identity.

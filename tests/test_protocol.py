@@ -155,6 +155,31 @@ def test_everything_that_was_counted_is_written_down() -> None:
     assert result.run["precision"] == "fp32"
 
 
+class Finding(Learner):
+    """Finds out how often it has learned, and what it was told about the stream."""
+
+    def setup(self, model: nn.Module, context: Context) -> None:
+        super().setup(model, context)
+        self.met: list[int] = []
+
+    def before(self, experience: Experience) -> None:
+        self.met.append(experience.index)
+
+    def facts(self) -> dict[str, Any]:
+        return {"met": self.met, "batches": self.context.stream_batches}
+
+
+def test_what_a_strategy_found_out_is_written_down() -> None:
+    assert run(TOY, Learner(), CPU).strategy_facts == {}
+    found = run(TOY, Finding(), CPU)
+    # 20 samples of an experience in batches of 10, two epochs, three experiences.
+    assert found.strategy_facts == {"met": [0, 1, 2], "batches": 12}
+    assert Result.from_json(found.to_json()) == found
+    assert run(TOY, Around(base=Finding()), CPU).strategy_facts == found.strategy_facts
+    odd = run(replace(TOY, batch_size=8), Finding(), CPU)
+    assert odd.strategy_facts["batches"] == 3 * 2 * 3
+
+
 # Who sees what.
 
 

@@ -101,6 +101,12 @@ def test_other_texts_are_refused(text: str) -> None:
         Result.from_json(text)
 
 
+def test_a_result_from_before_a_field_was_there_can_be_read() -> None:
+    content = json.loads(example(strategy_facts={"a": [1]}).to_json())
+    del content["strategy_facts"]
+    assert Result.from_json(json.dumps(content)) == example()
+
+
 # The name.
 
 

@@ -44,6 +44,7 @@ class Bench:
             objective=self.scenario.objective(),
             transform=self.stream.transform,
             n_outputs=self.stream.n_outputs,
+            stream_batches=self.stream.batches(self.scenario),
             on_step=self.steps.append,
         )
 
