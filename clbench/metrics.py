@@ -558,7 +558,7 @@ FORGETTING_CONVENTIONS: Mapping[str, Convention] = MappingProxyType(
         "agem_code": _unweighted(_forgetting_with_zero_shot),
         "avalanche": _unweighted(_forgetting_first_minus_last),
         "libcontinual": _unweighted(_forgetting_libcontinual),
-        "coda_prompt": _unweighted(_forgetting_step_to_step),
+        "coda_prompt_code": _unweighted(_forgetting_step_to_step),
         "closer_look": _forgetting_closer_look,
     }
 )

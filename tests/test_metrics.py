@@ -333,7 +333,7 @@ def test_gem_code_divides_by_all_experiences() -> None:
 def test_coda_prompt_averages_drops_from_row_to_row() -> None:
     # Row 0 to 1: 0.40. Row 1 to 2: -0.45, 0.30. Row 2 to 3: 0.25, -0.35, 0.20.
     rows = [0.40, (-0.45 + 0.30) / 2, (0.25 - 0.35 + 0.20) / 3]
-    assert FORGETTING_CONVENTIONS["coda_prompt"](DISPUTED) == pytest.approx(sum(rows) / 3)
+    assert FORGETTING_CONVENTIONS["coda_prompt_code"](DISPUTED) == pytest.approx(sum(rows) / 3)
 
 
 def test_closer_look_weights_by_size() -> None:
