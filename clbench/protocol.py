@@ -196,17 +196,12 @@ class _Loop:
             machine.deterministic(),
             self.passes.watch(model),
         ):
-            self._look_at_source(model)
             self._set_up(model)
-            self._start_online()
             start = self._resume()
             for experience in self.stream.experiences[start:]:
                 if self.strategy.revisits:
                     self.context.seen = list(self.stream.experiences[: experience.index + 1])
-                if self.online:
-                    self._adapt(experience)
-                else:
-                    self._learn(experience)
+                self._learn(experience)
                 self._score(experience)
                 self._save(experience)
         self._conclude(model)
@@ -234,72 +229,12 @@ class _Loop:
             objective=self.objective,
             transform=self.stream.transform,
             n_outputs=self.stream.n_outputs,
-            source=self.stream.source,
             stream_batches=self.stream.batches(self.scenario),
             precision=self.conditions.precision,
             on_step=self._on_step,
         )
         with machine.isolated_rng(self.conditions.seed, "setup"):
             self.strategy.setup(model, self.context)
-
-    def _look_at_source(self, model: torch.nn.Module) -> None:
-        """What the model can do before it adapts, for the record of test-time adaptation."""
-        self.online: Online | None = None
-        self.record: Record | None = None
-        if not self.stream.arrivals:
-            return
-        self.record = Record(list(self.stream.domains))
-        size = self.scenario.batch_size
-        model.eval()
-        context = nullcontext()
-        if self.conditions.precision == "bf16":
-            context = torch.autocast(self.device.type, torch.bfloat16)
-
-        def predict(batch: Batch) -> Tensor:
-            outputs: Tensor = model(batch.inputs)
-            return outputs.float()
-
-        with torch.inference_mode(), context:
-            self.record.source_model_accuracies = self._accuracies(predict)
-            self.record.source_model_accuracy = self._source_accuracy(predict)
-        first = self.stream.arrivals[0].samples
-        self.costs["source_seconds_per_sample"] = seconds_per_sample(model, first, size)
-
-    def _start_online(self) -> None:
-        """After the set-up, before the stream."""
-        if self.record is None:
-            return
-        size = self.scenario.batch_size
-        self.online = Online(self.stream, self.strategy, size, self.device)
-        with torch.inference_mode():
-            accuracy = self._source_accuracy(self.strategy.predict)
-        if accuracy is not None:
-            self.record.source_accuracy.append(accuracy)
-
-    def _source_accuracy(self, predict: Callable[[Batch], Tensor]) -> float | None:
-        """On the clean source's test samples."""
-        test = self.stream.source_test
-        if test is None:
-            return None
-        one = self.stream.experiences[:1]
-        size = self.scenario.batch_size
-        return self.objective.score(predict, [test], one, size)["accuracy"][0]
-
-    def _adapt(self, experience: Experience) -> None:
-        """Answers what arrives without labels, and learns from it what the strategy can."""
-        assert self.online
-        count = len(self.stream.experiences)
-        samples = len(self.stream.arrivals[experience.index].samples)
-        self.progress.start(f"experience {experience.index + 1}/{count}", samples)
-        machine.synchronise(self.device)
-        began = time.perf_counter()
-        with machine.isolated_rng(self.conditions.seed, f"adapt {experience.index}"):
-            for answered in self.online.meet(experience.index):
-                self.step += 1
-                self.costs["train_samples"] += answered
-                self.progress.advance(answered)
-        machine.synchronise(self.device)
-        self.costs["train_seconds"] += time.perf_counter() - began
 
     def _learn(self, experience: Experience) -> None:
         visits = 0 if experience.train is None else len(experience.train) * self.scenario.epochs
