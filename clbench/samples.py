@@ -195,3 +195,38 @@ def concatenate(parts: Sequence[Samples]) -> Samples:
         raise ValueError("only selections of one source can be joined")
     index = torch.cat([part.index for part in parts])
     return Samples(parts[0].source, index, parts[0].transform)
+
+
+def class_balanced(
+    targets: Tensor, batch_size: int, batches: int, generator: torch.Generator
+) -> Tensor:
+    """Batches in which no class has two samples more than another.
+
+    In each batch the classes take turns, in a random order; each gives its samples in a random
+    order, and begins again when it has no more.
+
+    Args:
+        targets: Labels of the samples to draw from, [N] int64, at least one.
+        batch_size: B.
+        batches: How many.
+        generator: On the device of the labels.
+
+    Returns:
+        Positions, [batches * B] int64, batch after batch.
+    """
+    device, n = targets.device, len(targets)
+    classes, members = targets.unique(return_inverse=True)
+    counts = members.bincount()
+    starts = counts.cumsum(0) - counts
+    place = torch.arange(batch_size, device=device)
+    turn, lap = place % len(classes), place // len(classes)
+    drawn = []
+    # Some batches at once, without tensors that grow with their number.
+    for some in torch.arange(batches).split(max(1, 2**20 // n)):
+        rows = len(some)
+        keys = torch.rand(rows, n, dtype=torch.float64, generator=generator, device=device)
+        by_class = keys.add_(members).argsort(1)
+        ranks = torch.rand(rows, len(classes), generator=generator, device=device).argsort(1)
+        chosen = ranks[:, turn]
+        drawn.append(by_class.gather(1, starts[chosen] + lap % counts[chosen]).flatten())
+    return torch.cat(drawn)
