@@ -187,13 +187,17 @@ class GradientStrategy(Trainer, ABC):
         return outputs.float()
 
     def descend(self) -> None:
-        """One optimizer step with the gradients that are there."""
+        """One optimizer step with the gradients that are there.
+
+        A cosine schedule starts, in each group of the optimizer, at the group's own rate.
+        """
         if self.clip:
             nn.utils.clip_grad_norm_(self.trainable(), self.clip)
         if self.schedule == "cosine":
             progress = self._step / self._steps
             for group in self._optimizer.param_groups:
-                group["lr"] = self.lr * 0.5 * (1 + math.cos(math.pi * progress))
+                start = group.setdefault("initial_lr", group["lr"])
+                group["lr"] = start * 0.5 * (1 + math.cos(math.pi * progress))
         self._step += 1
         self._optimizer.step()
 

@@ -269,6 +269,18 @@ def test_the_schedule_begins_anew_with_each_experience_and_counts_passes() -> No
     assert strategy._rates[2] == pytest.approx(0.15)
 
 
+def test_groups_of_an_optimizer_keep_the_ratio_of_their_rates() -> None:
+    class Slower(Plain):
+        def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+            groups = [{"params": parameters[:1]}, {"params": parameters[1:], "lr": 0.03}]
+            return torch.optim.SGD(groups, self.lr)
+
+    strategy = learned(Slower(lr=0.3, schedule="cosine"), replace(TOY, epochs=4))
+    rates = [group["lr"] for group in strategy._optimizer.param_groups]
+    last = (1 + math.cos(math.pi * 7 / 8)) / 2
+    assert rates == pytest.approx([0.3 * last, 0.03 * last])
+
+
 def test_without_a_schedule_the_rate_is_constant() -> None:
     assert set(learned(Noting(lr=0.3))._rates) == {0.3}
 
