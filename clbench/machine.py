@@ -77,6 +77,12 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def idle_cores() -> int:
+    """CPU cores of this process that nobody has used over the last minute, but at least one."""
+    idle = (os.cpu_count() or 1) - int(os.getloadavg()[0])
+    return max(1, min(idle, available_cores()))
+
+
 def available_memory() -> int:
     """Bytes of main memory that this process could still take, a container's limit included."""
     pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")

@@ -25,6 +25,11 @@ class NMC(Strategy):
     arXiv 2210.04428 (euclidean), and Zhou et al. 2023, "Revisiting Class-Incremental Learning
     with Pre-Trained Models", arXiv 2303.07338 (SimpleCIL: cosine).
 
+    `strategy=simple_cil` is the cosine form by the name that it has there; on the same weights
+    its authors' code (LAMDA-PILOT, models/simplecil.py) gives the same answers: the scale of its
+    cosine layer changes no order, and it would replace the mean of a class that comes again,
+    which none of its streams has, where here the mean is over all samples.
+
     Equation: m_c is the mean of f(x) over all samples of class c, a running one, so the order of
     the samples does not matter; output -|f(x) - m_c|² or cos(f(x), m_c).
 

@@ -102,8 +102,8 @@ class Backbone(ABC):
         """Name for result files."""
         return type(self).__name__
 
-    def published(self) -> dict[str, str | None] | None:
-        """Origin of weights that come from a hub: plain data. None: they don't."""
+    def published(self) -> dict[str, Any] | None:
+        """Origin of weights that no file of the user holds: plain data. None: there are none."""
         return None
 
     def build(self, image_shape: tuple[int, int, int]) -> FeatureExtractor:
@@ -277,7 +277,7 @@ class Timm(Backbone):
     def title(self) -> str:
         return f"timm/{self.name}"
 
-    def published(self) -> dict[str, str | None] | None:
+    def published(self) -> dict[str, Any] | None:
         if not self.pretrained:
             return None
         config = _timm_config(self.name)
@@ -490,9 +490,10 @@ def describe(backbone: Backbone, extractor: FeatureExtractor) -> dict[str, Any]:
 
     Returns:
         name, parameters (count), n_features, weights ({"file", "sha256"}, or {"tag", "hub",
-        "url"} from timm's hub, or None), mean, std, norm_layers (class names).
+        "url"} from timm's hub, or what a pre-training of the suite's own tells, or None), mean,
+        std, norm_layers (class names).
     """
-    weights: dict[str, str | None] | None = backbone.published()
+    weights = backbone.published()
     if backbone.weights is not None:
         path = Path(backbone.weights).expanduser()
         weights = {"file": path.name, "sha256": sha256(path)}
