@@ -19,7 +19,7 @@ def transformer(depth: int, width: int = 16) -> Classifier:
     with torch.random.fork_rng():
         torch.manual_seed(depth)
         shape = {"img_size": 6, "patch_size": 3, "in_chans": 1, "num_classes": 0, "mlp_ratio": 2}
-        vit = VisionTransformer(**shape, embed_dim=width, depth=depth, num_heads=2)  # type: ignore[arg-type]
+        vit = VisionTransformer(**shape, embed_dim=width, depth=depth, num_heads=2)
         for parameter in vit.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
         return Classifier(TimmFeatures(vit, width), torch.nn.Linear(width, 6))

@@ -193,7 +193,7 @@ def test_a_table_freezes_all_slices_but_the_latest() -> None:
     assert table.latest.grad is not None
     assert torch.equal(table.latest.grad, torch.ones(2, 2, 3))
     with torch.no_grad():
-        table.latest += 1
+        table.latest.add_(1)
     table.grow(torch.zeros(1, 2, 3))
     assert table().flatten()[[0, 11, 12, 23, 24]].tolist() == [0, 11, 101, 112, 0]
     assert len(table.latest) == 1

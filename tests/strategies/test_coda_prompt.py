@@ -17,7 +17,7 @@ from clbench.testing import ToyScenario, ToyViT
 from strategies.coda_prompt import CODAPrompt
 
 Make = Callable[..., Any]
-SMALL = {"components": 3, "prompt_length": 4}
+SMALL: dict[str, Any] = {"components": 3, "prompt_length": 4}
 
 
 @pytest.fixture

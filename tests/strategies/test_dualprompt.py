@@ -17,7 +17,7 @@ from clbench.testing import ToyScenario, ToyViT
 from strategies.dualprompt import DualPrompt
 
 Make = Callable[..., Any]
-SHORT = {"general_length": 2, "expert_length": 4, "start_scale": 1.0}
+SHORT: dict[str, Any] = {"general_length": 2, "expert_length": 4, "start_scale": 1.0}
 
 
 @pytest.fixture

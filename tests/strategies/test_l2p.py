@@ -20,7 +20,7 @@ from clbench.testing import ToyScenario, ToyViT
 from strategies.l2p import L2P
 
 Make = Callable[..., Any]
-FEW = {"pool_size": 4, "prompt_length": 3, "top_k": 2, "start_scale": 1.0}
+FEW: dict[str, Any] = {"pool_size": 4, "prompt_length": 3, "top_k": 2, "start_scale": 1.0}
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_a_transformer_that_averages_its_tokens_averages_the_prompts(bench: Make
     # The norm comes after the mean there.
     kept = token.norm
     token.norm = nn.Identity()  # type: ignore[assignment]
-    expected = kept(features(token, batch.inputs, tokens=tokens))  # type: ignore[operator]
+    expected = kept(features(token, batch.inputs, tokens=tokens))
     torch.testing.assert_close(l2p.prompted(batch.inputs, chosen), expected)
 
 
