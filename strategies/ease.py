@@ -80,7 +80,8 @@ class EASE(GradientStrategy):
         self._features = require_classifier("ease", model).features
         self._vit = vision_transformer(model)
         model.requires_grad_(False)
-        self.adapters = AdapterSets(self._new_adapters(torch.Generator()))
+        self._renew(torch.Generator())
+        self.adapters = AdapterSets(self._adapters)
         self.owners = torch.full((context.n_outputs,), -1, device=context.device)
         shape = 0, context.n_outputs, self._features.n_features
         self.measured = torch.zeros(shape, device=context.device)
@@ -88,23 +89,24 @@ class EASE(GradientStrategy):
     def before(self, experience: Experience) -> None:
         """New adapters and a classifier for the classes of this experience."""
         generator = self.context.generator("adapters", torch.device("cpu"))
-        self._adapters = self._new_adapters(generator)
+        self._renew(generator)
         width, count = self._features.n_features, len(experience.classes)
         head = CosineHead(width, count, 1.0, learnable=True, generator=generator)
         self._head = head.to(self.context.device)
         self._positions = positions(experience.classes, self.context)
 
-    def _new_adapters(self, generator: torch.Generator) -> Adapters:
+    def _renew(self, generator: torch.Generator) -> None:
         scale, dropout = self.adapter_scale, self.dropout
         adapters = Adapters(self._vit, self.bottleneck, scale, dropout, generator)
-        return adapters.to(self.context.device)
+        self._adapters = adapters.to(self.context.device)
+        self.model.add_module("adapters", self._adapters)
 
     def begin(self, steps: int) -> None:
         super().begin(steps)
-        self.model.eval()
+        self._features.eval()
 
     def trainable(self) -> list[nn.Parameter]:
-        return [*self._adapters.parameters(), *self._head.parameters()]
+        return [*super().trainable(), *self._head.parameters()]
 
     def loss(self, batch: Batch) -> Tensor:
         logits = self._head(self.features(batch.inputs, self._adapters))
@@ -136,11 +138,10 @@ class EASE(GradientStrategy):
     @torch.no_grad()
     def subspaces(self, inputs: Tensor) -> list[Tensor]:
         """f_j(x) of every experience so far, [B, n_features] each."""
-        return [self.features(inputs, adapters) for adapters in self.adapters]
+        return [self.features(inputs, self.adapters.of(j)) for j in range(len(self.adapters))]
 
-    def features(self, inputs: Tensor, adapters: nn.Module) -> Tensor:
+    def features(self, inputs: Tensor, adapters: Adapters) -> Tensor:
         """Features with a set of adapters, [B, n_features] in fp32."""
-        assert isinstance(adapters, Adapters)
         with adapters.put_into(self._vit), self.context.autocast():
             features: Tensor = self._features(inputs)
         return features.float()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -182,6 +182,10 @@ class AdapterSets(nn.ModuleList):
         """Keeps a copy."""
         self.append(_frozen_copy(adapters))
 
+    def of(self, experience: int) -> Adapters:
+        """Those of one experience, by position."""
+        return cast(Adapters, self[experience])
+
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
@@ -194,4 +198,6 @@ class AdapterSets(nn.ModuleList):
 
 
 def _frozen_copy(adapters: Adapters) -> Adapters:
-    return copy.deepcopy(adapters).requires_grad_(False).eval()
+    frozen = copy.deepcopy(adapters).requires_grad_(False).eval()
+    frozen.zero_grad()  # a copy of a parameter has a copy of its gradient
+    return frozen

@@ -115,10 +115,10 @@ def test_pre_trained_weights_and_older_adapters_stay_to_the_bit(bench: Make) -> 
     first = {k: v.clone() for k, v in ease.adapters[0].state_dict().items()}
     one.teach(ease, 1, 2)
     assert all(torch.equal(v, first[k]) for k, v in ease.adapters[0].state_dict().items())
-    states = ease.model.state_dict(), fresh.model.state_dict()
+    states = ease.model.features.state_dict(), fresh.model.features.state_dict()
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[1])
-    assert all(p.grad is None for p in ease.model.parameters())
+    assert all(p.grad is None for p in ease.model.features.parameters())
     assert not any(p.requires_grad for p in ease.adapters.parameters())
 
 
@@ -134,7 +134,7 @@ def test_every_experience_trains_new_adapters_and_a_classifier_of_its_own(bench:
     assert not torch.allclose(*downs, atol=0.01)
     assert ease._head.weight.shape == (2, 16)
     ease.begin(1)
-    assert not any(m.training for m in ease.model.modules())
+    assert not any(m.training for m in ease.model.features.modules())
     assert all(m.training for m in ease._adapters.modules())
     parameters = sum(p.numel() for p in ease.trainable())
     assert parameters == 2 * (2 * 16 * 4 + 4 + 16) + 2 * 16 + 1
