@@ -63,10 +63,12 @@ class Classification(Objective):
 
     Args:
         task_aware: Whether experiences have classes of their own.
+        apart: Never predict samples of two tests at once, for methods that normalise with the
+            statistics of a batch. A test that serves many experiences is predicted once.
     """
 
-    def __init__(self, task_aware: bool) -> None:
-        self.task_aware = task_aware
+    def __init__(self, task_aware: bool, apart: bool = False) -> None:
+        self.task_aware, self.apart = task_aware, apart
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(outputs, targets)
@@ -83,6 +85,23 @@ class Classification(Objective):
         Raises:
             Diverged: If an output is not finite.
         """
+        if not self.apart:
+            return self._together(predict, tests, experiences, batch_size)
+        unique = {id(pair[0]): pair for pair in zip(tests, experiences, strict=True)}
+        scores = {
+            key: self._together(predict, [test], [experience], batch_size)
+            for key, (test, experience) in unique.items()
+        }
+        names = next(iter(scores.values()))
+        return {name: [scores[id(test)][name][0] for test in tests] for name in names}
+
+    def _together(
+        self,
+        predict: Callable[[Batch], Tensor],
+        tests: Sequence[Samples],
+        experiences: Sequence[Experience],
+        batch_size: int,
+    ) -> dict[str, list[float]]:
         device = tests[0].index.device
         seen = {c for e in experiences for c in e.classes}
         rules = {"accuracy": [seen] * len(tests)}

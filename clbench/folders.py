@@ -10,14 +10,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from clbench import image_files
 from clbench.classification import Images
-from clbench.division import DividedImages
+from clbench.division import DividedImages, held_out
 from clbench.errors import UserError
-from clbench.image_files import ImageFiles
+from clbench.image_files import Entry, ImageFiles, listed
 from clbench.types import LOCATION, require
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
+TRAIN_AND_TEST = "root/train/<class>/*.jpg and root/test/<class>/*.jpg (or .jpeg, .png)"
 
 
 @dataclass(kw_only=True)
@@ -102,6 +105,44 @@ def class_folders(root: Path, layout: str) -> dict[str, list[str]]:
         UserError: If the folder or its classes are missing, or a class has no image.
     """
     return {name: image_names(root / name, layout) for name in subfolders(root, layout)}
+
+
+def train_and_test(root: Path, test_fraction: float) -> ImageFiles:
+    """The files of a folder that has a train and perhaps a test folder with a folder a class.
+
+    Args:
+        root: The folder.
+        test_fraction: Without a test folder, this part of each class's images, always the same
+            ones, are for testing.
+
+    Raises:
+        UserError: If folders are missing, or the two have different classes.
+    """
+    train = class_folders(root / "train", TRAIN_AND_TEST)
+    names = list(train)
+    entries = [
+        (f"train/{name}/{file}", label) for label, name in enumerate(names) for file in train[name]
+    ]
+    if not (root / "test").exists():
+        labels = torch.tensor([label for _, label in entries])
+        testing = set(held_out(labels, test_fraction, "test")[1].tolist())
+        return listed(root, (Entry(*e, i in testing) for i, e in enumerate(entries)), names)
+    test = class_folders(root / "test", TRAIN_AND_TEST)
+    for here, there, folder in ((train, test, "test"), (test, train, "train")):
+        only = sorted(here.keys() - there.keys())
+        if only:
+            raise UserError(
+                f"{root / folder} lacks the class folder {only[0]!r}"
+                + (f" and {len(only) - 1} more" if len(only) > 1 else "")
+                + f". Expected {TRAIN_AND_TEST}, with the same classes in both."
+            )
+    learn = [Entry(*entry, False) for entry in entries]
+    check = [
+        Entry(f"test/{name}/{file}", label, True)
+        for label, name in enumerate(names)
+        for file in test[name]
+    ]
+    return listed(root, learn + check, names)
 
 
 def subfolders(folder: Path, layout: str) -> list[str]:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from clbench import checkpoint, machine, metrics
+from clbench import checkpoint, machine, metrics, online
 from clbench.config import options
 from clbench.errors import Diverged, UserError
+from clbench.online import Online
 from clbench.passes import BACKWARD, FORWARD, Passes
 from clbench.progress import Progress, Silent
 from clbench.results import Result, RunFolder, run_id
-from clbench.samples import Batch
 from clbench.state import capture, restore
 from clbench.types import Context, Experience, Scenario, Setting, Split, Strategy, require
 
@@ -201,7 +199,10 @@ class _Loop:
             for experience in self.stream.experiences[start:]:
                 if self.strategy.revisits:
                     self.context.seen = list(self.stream.experiences[: experience.index + 1])
-                self._learn(experience)
+                if self.online:
+                    self._adapt(experience)
+                else:
+                    self._learn(experience)
                 self._score(experience)
                 self._save(experience)
         self._conclude(model)
@@ -229,12 +230,36 @@ class _Loop:
             objective=self.objective,
             transform=self.stream.transform,
             n_outputs=self.stream.n_outputs,
+            source=self.stream.source,
             stream_batches=self.stream.batches(self.scenario),
             precision=self.conditions.precision,
             on_step=self._on_step,
         )
+        self.online: Online | None = None
+        if self.stream.arrivals:
+            self.online = Online(self.stream, self.strategy, self.context)
+            self.online.look(model)
         with machine.isolated_rng(self.conditions.seed, "setup"):
             self.strategy.setup(model, self.context)
+        if self.online:
+            self.online.begin()
+
+    def _adapt(self, experience: Experience) -> None:
+        """Answers what arrives without labels, and learns from it what the strategy can."""
+        assert self.online
+        count = len(self.stream.experiences)
+        samples = len(self.stream.arrivals[experience.index].samples)
+        self.progress.start(f"experience {experience.index + 1}/{count}", samples)
+        machine.synchronise(self.device)
+        began = time.perf_counter()
+        rng = machine.isolated_rng(self.conditions.seed, f"adapt {experience.index}")
+        with rng, self.passes.counting(True):
+            for answered in self.online.meet(experience.index):
+                self.step += 1
+                self.costs["train_samples"] += answered
+                self.progress.advance(answered)
+        machine.synchronise(self.device)
+        self.costs["train_seconds"] += time.perf_counter() - began
 
     def _learn(self, experience: Experience) -> None:
         visits = 0 if experience.train is None else len(experience.train) * self.scenario.epochs
@@ -255,6 +280,8 @@ class _Loop:
         everything = self.scenario.setting != Setting.CLASS_INCREMENTAL
         upto = len(self.stream.tests) if everything else experience.index + 1
         scores = self._scores(upto)
+        if self.online:
+            self.online.snapshot()
         unknown = [None] * (len(self.stream.tests) - upto)
         self.result.accuracy_matrix.append([*scores["accuracy"], *unknown])
         if "task_aware_accuracy" in scores:
@@ -274,19 +301,14 @@ class _Loop:
                 t.subset(torch.arange(0, len(t), -(-len(t) // at_most), device=self.device))
                 for t in tests
             ]
-        grad: Any = nullcontext() if self.strategy.adapts else torch.inference_mode()
+        # What normalises with the statistics of a batch is scored on batches as they arrive.
+        size = self.conditions.evaluate_batch_size
+        size = self.scenario.batch_size if self.online else size
         rng = machine.isolated_rng(self.conditions.seed, "score")
-        with grad, rng, self.passes.counting(False):
+        with torch.inference_mode(), rng, self.passes.counting(False):
             return self.objective.score(
-                self._predict,
-                tests,
-                self.stream.experiences[:upto],
-                self.conditions.evaluate_batch_size,
+                self.strategy.predict, tests, self.stream.experiences[:upto], size
             )
-
-    @property
-    def _predict(self) -> Callable[[Batch], Tensor]:
-        return self.strategy.predict
 
     def _on_step(self, samples: int) -> None:
         """After every training step: count, show, and evaluate when it is time."""
@@ -318,6 +340,7 @@ class _Loop:
             "strategy": capture(self.strategy),
             "generators": {k: g.get_state() for k, g in self.context.generators.items()},
             "costs": self.costs,
+            "online": self.online.state_dict() if self.online else None,
             "accuracy_matrix": self.result.accuracy_matrix,
             "task_aware_accuracy_matrix": self.result.task_aware_accuracy_matrix,
             "evaluations": self.result.evaluations,
@@ -335,6 +358,8 @@ class _Loop:
         self.result.task_aware_accuracy_matrix = saved["task_aware_accuracy_matrix"]
         self.result.evaluations = saved["evaluations"]
         restore(self.strategy, saved["strategy"])
+        if self.online:
+            self.online.load_state_dict(saved["online"])
         for key, state in saved["generators"].items():
             purpose, _, kind = key.rpartition("@")
             self.context.generator(purpose, torch.device(kind)).set_state(state.cpu())
@@ -354,6 +379,10 @@ class _Loop:
             )
         if self.result.evaluations:
             self.result.metrics |= metrics.anytime_summary(self.result.evaluations, len(sizes))
+        if self.online:
+            self.result.online = self.online.record()
+            self.result.metrics |= online.metrics(self.result.online)
+            self.costs |= self.online.costs(self.costs["train_seconds"])
         self.result.costs = {
             **self.costs,
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -41,6 +41,7 @@ class Result:
         metrics: Of `accuracy_matrix`, see `clbench.metrics`.
         task_aware_metrics: Of `task_aware_accuracy_matrix`.
         evaluations: Within experiences, if asked for: step, experience, accuracies.
+        online: Of test-time adaptation: answers as the samples arrived; see `clbench.online`.
         costs: Seconds, samples, bytes, parameters.
         environment: Versions and device.
         scenario_facts: Class names and whatever the scenario found out about its data.
@@ -58,6 +59,7 @@ class Result:
     metrics: dict[str, float | None] = field(default_factory=dict)
     task_aware_metrics: dict[str, float | None] = field(default_factory=dict)
     evaluations: list[Evaluation] = field(default_factory=list)
+    online: dict[str, Any] = field(default_factory=dict)
     costs: dict[str, float | int | None] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     scenario_facts: dict[str, Any] = field(default_factory=dict)

@@ -6,9 +6,9 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,19 @@ class Experience:
 
 
 @dataclass(frozen=True)
+class Arrivals:
+    """What arrives without labels in one experience (test-time adaptation).
+
+    Attributes:
+        samples: In the order of their arrival; the labels stay with the engine.
+        domains: Position in `Stream.domains` of the domain of each, [N] int64 on the CPU.
+    """
+
+    samples: Samples
+    domains: Tensor
+
+
+@dataclass(frozen=True)
 class Stream:
     """A sequence of experiences and the test samples of each.
 
@@ -61,6 +74,11 @@ class Stream:
         transform: Augmentation and normalisation shared by the whole stream.
         n_outputs: Classes over the whole stream.
         facts: Plain data for the result file: class names, sizes, skipped files.
+        arrivals: What arrives without labels in each experience; empty: labelled samples do.
+        domains: Names of the domains of the arrivals.
+        source: Labelled samples that the model was trained on before the stream.
+        source_test: Test samples like those; these stay with the engine.
+        reset: When the engine puts a strategy back to where it was before the stream.
     """
 
     experiences: Sequence[Experience]
@@ -68,6 +86,11 @@ class Stream:
     transform: Transform
     n_outputs: int
     facts: Mapping[str, Any] = field(default_factory=dict)
+    arrivals: Sequence[Arrivals] = ()
+    domains: Sequence[str] = ()
+    source: Samples | None = None
+    source_test: Samples | None = None
+    reset: Literal["never", "experience", "batch"] = "never"
 
     def to(self, device: torch.device) -> Stream:
         """The same stream with every sample served on `device`."""
@@ -81,8 +104,16 @@ class Stream:
             Experience(e.index, e.name, None if e.train is None else move(e.train), e.classes)
             for e in self.experiences
         ]
-        tests = [move(t) for t in self.tests]
-        return Stream(experiences, tests, self.transform, self.n_outputs, self.facts)
+        # One test may serve many experiences: it stays one, so that it is predicted once.
+        tests = {id(test): move(test) for test in self.tests}
+        return replace(
+            self,
+            experiences=experiences,
+            tests=[tests[id(test)] for test in self.tests],
+            arrivals=[replace(a, samples=move(a.samples)) for a in self.arrivals],
+            source=None if self.source is None else move(self.source),
+            source_test=None if self.source_test is None else move(self.source_test),
+        )
 
     def batches(self, scenario: Scenario) -> int:
         """Mini-batches that arrive over the whole stream, those of every epoch counted."""
@@ -92,6 +123,8 @@ class Stream:
     def _samples(self) -> Iterator[Samples]:
         yield from (e.train for e in self.experiences if e.train is not None)
         yield from self.tests
+        yield from (arrivals.samples for arrivals in self.arrivals)
+        yield from (part for part in (self.source, self.source_test) if part is not None)
 
 
 class Objective(ABC):
@@ -198,6 +231,7 @@ class Context:
             0: not known. The horizon of a budget: into how many experiences it divides, and
             where, is not told.
         seen: The experiences met so far, for strategies that declare `revisits`; else empty.
+        source: Labelled samples that the model was trained on before the stream, if any.
         on_step: Called after every training step with the number of stream samples used.
     """
 
@@ -212,12 +246,13 @@ class Context:
         n_outputs: int,
         stream_batches: int = 0,
         precision: str = "fp32",
+        source: Samples | None = None,
         on_step: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.device, self.seed, self.scenario = device, seed, scenario
         self.objective, self.transform, self.n_outputs = objective, transform, n_outputs
         self.stream_batches = stream_batches
-        self.precision, self.on_step = precision, on_step
+        self.precision, self.source, self.on_step = precision, source, on_step
         self.seen: list[Experience] = []
         self.generators: dict[str, torch.Generator] = {}
 
@@ -280,8 +315,6 @@ class Strategy(ABC):
     """
 
     settings: ClassVar[frozenset[Setting]]
-    #: predict() may change the model (test-time adaptation).
-    adapts: ClassVar[bool] = False
     #: May go back to the data of earlier experiences (a reference, not a continual learner).
     revisits: ClassVar[bool] = False
     #: Conformance checks that this method cannot pass, each with the reason.
@@ -297,7 +330,23 @@ class Strategy(ABC):
 
     @abstractmethod
     def predict(self, batch: Batch) -> Tensor:
-        """Outputs for an unlabelled batch: [B, n_outputs] logits for a classifier."""
+        """Outputs for an unlabelled batch: [B, n_outputs] logits for a classifier.
+
+        Leaves no trace, whatever the method does in `adapt`.
+        """
+
+    def adapt(self, batch: Batch) -> Tensor:
+        """Outputs that are scored for a batch as it arrives; may change the model.
+
+        For test-time adaptation only.
+
+        Args:
+            batch: Without labels; one domain or several, as the stream has it.
+        """
+        return self.predict(batch)
+
+    def reset(self) -> None:  # noqa: B027
+        """Forgets everything since `setup`; for test-time adaptation only."""
 
     def check(self, scenario: Scenario) -> None:
         """Refuses a scenario that this method cannot work on, before anything is loaded.

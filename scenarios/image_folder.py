@@ -6,15 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from clbench.division import held_out
-from clbench.errors import UserError
-from clbench.folders import FolderImages, class_folders
-from clbench.image_files import Entry, ImageFiles, listed
+from clbench.folders import FolderImages, train_and_test
+from clbench.image_files import ImageFiles
 from clbench.types import require
-
-LAYOUT = "root/train/<class>/*.jpg and root/test/<class>/*.jpg (or .jpeg, .png)"
 
 
 @dataclass(kw_only=True)
@@ -42,30 +36,4 @@ class ImageFolder(FolderImages):
         require(self, "test_fraction", above=0, at_most=0.9)
 
     def list_files(self, root: Path) -> ImageFiles:
-        train = class_folders(root / "train", LAYOUT)
-        names = list(train)
-        entries = [
-            (f"train/{name}/{file}", label)
-            for label, name in enumerate(names)
-            for file in train[name]
-        ]
-        if not (root / "test").exists():
-            labels = torch.tensor([label for _, label in entries])
-            testing = set(held_out(labels, self.test_fraction, "test")[1].tolist())
-            return listed(root, (Entry(*e, i in testing) for i, e in enumerate(entries)), names)
-        test = class_folders(root / "test", LAYOUT)
-        for here, there, folder in ((train, test, "test"), (test, train, "train")):
-            only = sorted(here.keys() - there.keys())
-            if only:
-                raise UserError(
-                    f"{root / folder} lacks the class folder {only[0]!r}"
-                    + (f" and {len(only) - 1} more" if len(only) > 1 else "")
-                    + f". Expected {LAYOUT}, with the same classes in both."
-                )
-        learn = [Entry(*entry, False) for entry in entries]
-        check = [
-            Entry(f"test/{name}/{file}", label, True)
-            for label, name in enumerate(names)
-            for file in test[name]
-        ]
-        return listed(root, learn + check, names)
+        return train_and_test(root, self.test_fraction)
