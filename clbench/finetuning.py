@@ -112,10 +112,8 @@ class ModuleFinetuning(Wrapper, ABC):
             return
         chosen = self.chosen()
         total = torch.zeros((), device=self.context.device)
-        with (
-            self.sensitivity.aside(),
-            only(self.model, [self.sensitivity.units[i] for i in chosen]),
-        ):
+        moving = [self.sensitivity.units[i] for i in chosen]
+        with self.sensitivity.aside(), only(self.model, moving):
             parameters = self.base.trainable()
             # Where statistics alone are chosen, forward passes are all there is to do.
             optimizer = self.base.make_optimizer(parameters) if parameters else None
@@ -151,9 +149,9 @@ class ModuleFinetuning(Wrapper, ABC):
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of a step, from 0, of a fine-tuning."""
         lr = self.base.lr if self.lr is None else self.lr
-        return (
-            lr if self.schedule == "constant" else lr * (1 + math.cos(math.pi * step / steps)) / 2
-        )
+        if self.schedule == "constant":
+            return lr
+        return lr * 0.5 * (1 + math.cos(math.pi * step / steps))
 
     def chosen(self) -> list[int]:
         """Positions, among the units, of what a fine-tuning now would move."""
