@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from clbench.errors import UserError
 from clbench.nn.vit import add_prefix, vision_transformer
-from clbench.pretrained import require_classifier, require_vision_transformer
+from clbench.pretrained import in_order, require_classifier, require_vision_transformer
+from clbench.samples import Batch, Samples
 from clbench.training import GradientStrategy
 from clbench.types import Context, Experience, Scenario
 
@@ -23,7 +24,8 @@ class PromptStrategy(GradientStrategy, ABC):
 
     The query of an image is its feature vector by the transformer without prompts: the class
     token after the final norm, unless the backbone pools otherwise. So every image goes through
-    the transformer twice, the first time without gradients.
+    the transformer twice, the first time without gradients; where training images are not
+    augmented, their queries are computed once for all epochs.
 
     The loss is the cross-entropy over the classes of the experience alone, so that those of
     earlier ones are not pushed down; an answer never names a class that has not come yet.
@@ -40,6 +42,7 @@ class PromptStrategy(GradientStrategy, ABC):
         self._head = classifier.head
         self._features.requires_grad_(False)
         self._width = self._vit.embed_dim
+        self._known: tuple[Batch, Tensor] | None = None
         self.met = torch.zeros(context.n_outputs, dtype=torch.bool, device=context.device)
 
     def add_prompts(self, prompts: nn.Module) -> None:
@@ -60,6 +63,25 @@ class PromptStrategy(GradientStrategy, ABC):
     def begin(self, steps: int) -> None:
         super().begin(steps)
         self._features.eval()
+
+    def batches(self, samples: Samples, epochs: int, batch_size: int) -> Iterator[Batch]:
+        """See `Trainer`; with queries in advance where every epoch would give the same ones."""
+        batches = super().batches(samples, epochs, batch_size)
+        if epochs == 1 or samples.transform.augments:
+            yield from batches
+            return
+        known = torch.cat([self.queries(b.inputs) for b in in_order(samples, batch_size)])
+        index, order = samples.index.sort()
+        for batch in batches:
+            self._known = batch, known[order[torch.searchsorted(index, batch.index)]]
+            yield batch
+        self._known = None
+
+    def queries_of(self, batch: Batch) -> Tensor:
+        """`queries` of the inputs of a batch."""
+        if self._known is not None and self._known[0] is batch:
+            return self._known[1]
+        return self.queries(batch.inputs)
 
     @torch.no_grad()
     def queries(self, inputs: Tensor) -> Tensor:

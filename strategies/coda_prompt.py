@@ -108,7 +108,9 @@ class CODAPrompt(PromptStrategy):
             table.grow(rows.transpose(0, 1))
 
     def loss(self, batch: Batch) -> Tensor:
-        loss = self.cross_entropy(self.prompted(batch.inputs), batch.targets)
+        loss = self.cross_entropy(
+            self.prompted(batch.inputs, self.queries_of(batch)), batch.targets
+        )
         if not self.ortho_weight:
             return loss
         squared = self.ortho_form == "code"
@@ -117,11 +119,10 @@ class CODAPrompt(PromptStrategy):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Outputs for a prediction."""
-        return self.answers(self.prompted(inputs))
+        return self.answers(self.prompted(inputs, self.queries(inputs)))
 
-    def prompted(self, inputs: Tensor) -> Tensor:
-        """Features with the composed prompts, [B, n_features]."""
-        queries = self.queries(inputs)
+    def prompted(self, inputs: Tensor, queries: Tensor) -> Tensor:
+        """Features with the prompts composed for the queries, [B, n_features]."""
         # [blocks, components, ...]: one matrix product for all blocks.
         prompts, keys, attention = (table().transpose(0, 1) for table in self._tables)
         weights = attention_weights(queries, attention, keys)

@@ -101,7 +101,7 @@ class DualPrompt(PromptStrategy):
         self._keys.grow(self._random(1, *self._keys.shape))
 
     def loss(self, batch: Batch) -> Tensor:
-        match = cosines(self.queries(batch.inputs), self._keys.latest)
+        match = cosines(self.queries_of(batch), self._keys.latest)
         features = self.prompted(batch.inputs, self._experts.latest[0])
         return self.cross_entropy(features, batch.targets) - self.match_weight * match.mean()
 

@@ -97,7 +97,7 @@ class L2P(PromptStrategy):
 
     def loss(self, batch: Batch) -> Tensor:
         self._chosen, matches = self._pool.choose(
-            self.queries(batch.inputs), self.top_k, self._frequency, self.batch_vote != "never"
+            self.queries_of(batch), self.top_k, self._frequency, self.batch_vote != "never"
         )
         features = self.prompted(batch.inputs, self._chosen)
         pull = matches.sum(1).mean()

@@ -12,6 +12,11 @@ from torch import Tensor
 class Transform(ABC):
     """Turns stored samples into model inputs."""
 
+    @property
+    def augments(self) -> bool:
+        """Whether `train` may give other inputs than `test`."""
+        return True
+
     @abstractmethod
     def train(self, raw: Tensor, generator: torch.Generator) -> Tensor:
         """Inputs for a training step: augmented, then as `test`. [B, ...] to [B, ...]."""
@@ -23,6 +28,10 @@ class Transform(ABC):
 
 class Identity(Transform):
     """Samples are already what the model reads."""
+
+    @property
+    def augments(self) -> bool:
+        return False
 
     def train(self, raw: Tensor, generator: torch.Generator) -> Tensor:  # noqa: ARG002
         return raw
@@ -54,6 +63,10 @@ class ImageTransform(Transform):
         self._scale = torch.tensor([1 / (255 * s) for s in std]).view(-1, 1, 1)
         self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(-1, 1, 1)
 
+    @property
+    def augments(self) -> bool:
+        return bool(self.crop_padding or self.flip)
+
     def train(self, raw: Tensor, generator: torch.Generator) -> Tensor:
         return self.test(self.augment(raw, generator))
 
@@ -64,7 +77,7 @@ class ImageTransform(Transform):
 
     def augment(self, raw: Tensor, generator: torch.Generator) -> Tensor:
         """The random part alone: [B, C, H, W] to [B, C, H, W], same type."""
-        if not (self.crop_padding or self.flip):
+        if not self.augments:
             return raw
         n, _, height, width = raw.shape
         device = raw.device
