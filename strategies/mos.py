@@ -180,7 +180,7 @@ class MOS(GradientStrategy):
         self.adapters.add(self._current)
         ended = self._current.parameters()
         self.total = [total + p.detach() for total, p in zip(self.total, ended, strict=True)]
-        if self.merge_mode == "code" and self._mean:
+        if self.merge_mode == "code" and self.alpha and self._mean:
             merge(self.adapters.of(-1), self._mean, 1.0, [1] * len(self._current))
         self.owners[list(experience.classes)] = len(self.adapters) - 1
         self._gather(experience.train)
