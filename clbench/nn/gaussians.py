@@ -168,6 +168,7 @@ class ClassGaussians:
         diagonal, jitter = covariance.diagonal(), self.jitter
         diagonal += jitter
         while True:
+            factor: Tensor
             factor, failed = torch.linalg.cholesky_ex(covariance)
             if not failed:
                 return factor
