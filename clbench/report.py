@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from clbench import plots
 from clbench.errors import UserError
 from clbench.files import write_atomically
 from clbench.leaderboard import boards
-from clbench.results import read
+from clbench.results import Result, read
 
 _SHOWN = {
     "average_accuracy": "average accuracy, %",
@@ -25,7 +28,10 @@ _SHOWN = {
 
 
 def write(root: Path) -> list[Path]:
-    """Writes `leaderboard/leaderboard.md` and `.csv` from the runs below a results folder.
+    """Writes the folder `leaderboard` from the runs below a results folder.
+
+    `leaderboard.md` and `.csv`; and for each configuration whose runs say how sensitive the modules
+    of their model were, `sensitivity-<configuration>.png`, a mean over seeds.
 
     Args:
         root: The results folder.
@@ -44,13 +50,42 @@ def write(root: Path) -> list[Path]:
     markdown = folder / "leaderboard.md"
     csv = folder / "leaderboard.csv"
     bad = runs[runs["status"] == "unreadable"]
-    write_atomically(markdown, _markdown(tables, list(bad["path"])).encode())
+    figures = _sensitivity(runs, folder)
+    write_atomically(markdown, _markdown(tables, figures, list(bad["path"])).encode())
     rows = [board.assign(**_title(board)) for board in tables]
     write_atomically(csv, pd.concat(rows).to_csv(index=False).encode() if rows else b"")
-    return [markdown, csv]
+    return [markdown, csv, *figures]
 
 
-def _markdown(tables: list[pd.DataFrame], unreadable: list[str]) -> str:
+def _sensitivity(runs: pd.DataFrame, folder: Path) -> list[Path]:
+    """Draws what complete runs of the evaluation split have measured."""
+    measured: dict[str, list[Any]] = {}
+    for path in map(Path, sorted(runs["path"])):
+        run = _result(path)
+        facts = run.strategy_facts.get("sensitivity") if run else None
+        if facts:
+            configuration = path.name.rpartition("-s")[0] or path.name
+            measured.setdefault(configuration, []).append(facts)
+    written = []
+    for name, facts in measured.items():
+        figure = plots.sensitivity(facts, f"{name} (runs: {len(facts)})")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+        written.append(folder / f"sensitivity-{name}.png")
+        write_atomically(written[-1], buffer.getvalue())
+    return written
+
+
+def _result(path: Path) -> Result | None:
+    try:
+        result = Result.from_json((path / "result.json").read_text())
+    except (OSError, ValueError):
+        return None
+    shown = result.status == "complete" and result.run.get("split") == "evaluate"
+    return result if shown else None
+
+
+def _markdown(tables: list[pd.DataFrame], figures: list[Path], unreadable: list[str]) -> str:
     parts = ["# Leaderboard", "", "Mean and sample standard deviation over seeds; made by", ""]
     parts += ["    python -m clbench phase=report", ""]
     for board in tables:
@@ -58,6 +93,10 @@ def _markdown(tables: list[pd.DataFrame], unreadable: list[str]) -> str:
         parts += [f"## {_cell(title['scenario'])}", ""]
         options = ", ".join(f"{k} = {v}" for k, v in title.items() if k != "scenario")
         parts += [_cell(options), "", *_table(board), ""]
+    if figures:
+        parts += ["## Sensitivity of modules", ""]
+        parts += ["How far modules move within an experience and across a switch to the next:", ""]
+        parts += [line for path in figures for line in (f"![{path.stem}]({path.name})", "")]
     if unreadable:
         parts += ["Not readable as results, and left out:", ""]
         parts += [f"- `{path}`" for path in unreadable]

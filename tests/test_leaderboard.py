@@ -217,6 +217,40 @@ def test_the_csv_says_the_same_as_the_boards(tmp_path: Path) -> None:
     assert row["epochs"] == 1
 
 
+def measured(*modules: tuple[str, float, float]) -> dict[str, Any]:
+    keys = {"kind": "linear", "size": 1, "score": None, "finetuned": 0}
+    return {
+        "sensitivity": [{"name": n, "within": [w], "across": [a], **keys} for n, w, a in modules]
+    }
+
+
+def test_a_report_draws_the_sensitivity_that_runs_have_measured(tmp_path: Path) -> None:
+    """One figure for the seeds of a configuration; none of tuning, nor of what is incomplete."""
+    changes: list[dict[str, Any]] = [
+        *({"seed": seed, "strategy_facts": measured(("head", 1.0, 2.0))} for seed in (0, 1)),
+        {"run_id": "digits-b-00-s0", "split": "tune", "strategy_facts": measured(("x", 1.0, 2.0))},
+        {"run_id": "digits-c-00-s0", "status": "failed", "strategy_facts": measured(("x", 1, 2))},
+        {"run_id": "digits-d-00-s0"},
+    ]
+    for change in changes:
+        facts = change.pop("strategy_facts", {})
+        status = change.pop("status", "complete")
+        name = f"digits-a-00-s{change.get('seed')}"
+        row = {"scenario": "digits", "strategy": "a", "seed": 0, "split": "evaluate"}
+        row |= {"run_id": name, **change}
+        result = Result(run=row, strategy_facts=facts, status=status)
+        RunFolder(tmp_path, str(row["run_id"])).write_result(result)
+    written = report.write(tmp_path)
+    (figure,) = [path for path in written if path.suffix == ".png"]
+    assert figure.name == "sensitivity-digits-a-00.png"
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    markdown = (tmp_path / "leaderboard" / "leaderboard.md").read_text()
+    assert "![sensitivity-digits-a-00](sensitivity-digits-a-00.png)" in markdown
+    before = figure.read_bytes()
+    report.write(tmp_path)
+    assert figure.read_bytes() == before
+
+
 def test_a_report_of_unreadable_runs_says_so(tmp_path: Path) -> None:
     broken = tmp_path / "runs" / "broken" / "result.json"
     broken.parent.mkdir(parents=True)
