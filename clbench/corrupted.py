@@ -139,7 +139,9 @@ class CorruptedImages(ImageScenario):
         """Which test images of the dataset arrive, and which are held out: always the same ones.
 
         Returns:
-            Two times positions in `images.test`, ascending.
+            Two times positions in `images.test`: ascending ones, and those held out in an order
+            that has nothing to do with their classes, as a dataset's own may: a batch of them is
+            to have the statistics of its domain.
         """
         labels = images.test.targets
         parts = held_out(labels, self.tuning_fraction, "test-time tuning")
@@ -156,7 +158,8 @@ class CorruptedImages(ImageScenario):
                 "there to arrive. Ask for fewer, or lower scenario.held_out or "
                 "scenario.tuning_fraction."
             )
-        return online, held
+        generator = torch.Generator().manual_seed(derive_seed(0, "order of held-out images"))
+        return online, held[torch.randperm(len(held), generator=generator)]
 
     def corrupted(
         self, images: Images, positions: Tensor, name: str, severity: int
