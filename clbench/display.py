@@ -13,8 +13,10 @@ WIDEST = 12
 
 
 def tables(result: Result) -> Iterator[Table]:
-    """The accuracy matrix and the metrics of a run."""
-    if result.accuracy_matrix:
+    """The accuracy matrix, or what happened in each domain without labels, and the metrics."""
+    if result.online:
+        yield _domains(result)
+    elif result.accuracy_matrix:
         yield _matrix(result.accuracy_matrix, result.experiences)
     if result.metrics:
         yield _metrics(result)
@@ -34,10 +36,23 @@ def _matrix(matrix: Matrix, names: list[str]) -> Table:
     return table
 
 
+def _domains(result: Result) -> Table:
+    """One row for each domain of a stream without labels."""
+    scores = result.online["by_domain"]
+    table = Table(title="Answers as the images arrived, in %")
+    table.add_column("domain")
+    for title in ("error", "calibration error", "most frequent answer"):
+        table.add_column(title, justify="right")
+    for i, name in enumerate(result.online["domains"]):
+        columns = ("error", "calibration_error", "collapse")
+        table.add_row(name, *(_percent(scores[column][i]) for column in columns))
+    return table
+
+
 def _metrics(result: Result) -> Table:
     table = Table()
     table.add_column("metric, %")
-    table.add_column("all seen classes compete", justify="right")
+    table.add_column("value" if result.online else "all seen classes compete", justify="right")
     if result.task_aware_metrics:
         table.add_column("task-aware", justify="right")
     for name, value in result.metrics.items():
@@ -46,7 +61,8 @@ def _metrics(result: Result) -> Table:
             row.append(_percent(result.task_aware_metrics.get(name)))
         table.add_row(*row)
     costs = result.costs
-    seconds = f"{costs['train_seconds']:.1f} s train, {costs['evaluate_seconds']:.1f} s evaluate"
+    doing = "adapt" if result.online else "train"
+    seconds = f"{costs['train_seconds']:.1f} s {doing}, {costs['evaluate_seconds']:.1f} s evaluate"
     memory = f"{costs['memory_samples']} samples kept, {costs['parameters']:,} parameters"
     table.caption = f"{seconds}, {memory}"
     return table

@@ -14,6 +14,14 @@ AVERAGED = (
     "backward_transfer",
     "learning_accuracy",
     "task_aware_average_accuracy",
+    "online_error",
+    "online_calibration_error",
+    "collapse",
+    "source_accuracy",
+    "source_forgetting",
+    "adaptation_time_ratio",
+    "forward_samples",
+    "backward_samples",
     "train_seconds",
     "evaluate_seconds",
     "forward_samples",
@@ -22,6 +30,8 @@ AVERAGED = (
     "parameters",
 )
 HEADLINE = "average_accuracy"
+#: Where samples arrive without labels, what counts is how they were answered; lower is better.
+ONLINE_HEADLINE = "online_error"
 _CONDITIONS = ("split", "precision")
 
 
@@ -65,7 +75,10 @@ def _board(group: pd.DataFrame, scenario_keys: list[str]) -> pd.DataFrame:
             row[column] = values.mean()
             row[f"{column}_std"] = values.std(ddof=1)
         rows.append(row)
-    board = pd.DataFrame(rows).sort_values(HEADLINE, ascending=False, na_position="last")
+    board = pd.DataFrame(rows)
+    online = bool(board[ONLINE_HEADLINE].notna().any())
+    headline = ONLINE_HEADLINE if online else HEADLINE
+    board = board.sort_values(headline, ascending=online, na_position="last")
     board = board.reset_index(drop=True)
     board.attrs = {k: group.iloc[0][k] for k in scenario_keys}
     return board

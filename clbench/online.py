@@ -109,10 +109,10 @@ class Online:
 
         experiences, tests = self.stream.experiences, self.stream.tests
         objective = self.context.objective
-        found = objective.score(predict, tests, experiences, self.batch_size)["accuracy"]
+        scores = objective.score(predict, tests, experiences, self.batch_size) if tests else {}
         first = self.stream.arrivals[0].samples
         self.source_model = {
-            "accuracies": found,
+            "accuracies": scores.get("accuracy", []),
             "source_accuracy": self._on_source(predict),
             "seconds_per_sample": self._seconds_per_sample(predict, first),
         }

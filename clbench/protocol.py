@@ -209,7 +209,8 @@ class _Loop:
 
     def _describe(self, model: torch.nn.Module) -> int:
         """Facts about stream, model and machine for the record; returns the thread count."""
-        first = self.stream.experiences[0].train or self.stream.tests[0]
+        arriving = [arrivals.samples for arrivals in self.stream.arrivals[:1]]
+        first = self.stream.experiences[0].train or (*arriving, *self.stream.tests)[0]
         sample = first.take(torch.zeros(1, dtype=torch.int64, device=self.device))
         flops = machine.forward_flops(model, sample.inputs)
         threads = machine.choose_threads(self.conditions.threads, flops * self.scenario.batch_size)
@@ -276,6 +277,9 @@ class _Loop:
 
     def _score(self, experience: Experience) -> None:
         """A new row of every matrix."""
+        if not self.stream.tests:
+            self.progress.finish("answered")
+            return
         began = time.perf_counter()
         everything = self.scenario.setting != Setting.CLASS_INCREMENTAL
         upto = len(self.stream.tests) if everything else experience.index + 1
@@ -372,7 +376,8 @@ class _Loop:
         """Metrics, what the strategy found out, and the remaining costs."""
         self.result.strategy_facts = dict(self.strategy.facts())
         sizes = self.result.test_sizes
-        self.result.metrics = metrics.summary(self.result.accuracy_matrix, sizes)
+        if self.result.accuracy_matrix:
+            self.result.metrics = metrics.summary(self.result.accuracy_matrix, sizes)
         if self.result.task_aware_accuracy_matrix:
             self.result.task_aware_metrics = metrics.summary(
                 self.result.task_aware_accuracy_matrix, sizes

@@ -63,10 +63,9 @@ def _slots(
     slots: list[list[Tensor]] = [[] for _ in range(count)]
     sizes = torch.zeros(count)
     for member in members:
-        q = _dirichlet(delta, count, generator) * (sizes < share)
-        if not q.sum():
-            q = torch.ones(count)
-        cuts = (q / q.sum()).cumsum(0)[:-1].mul(len(member)).long().clamp_(max=len(member))
+        # Without the full slots before it is normalised: all of a small delta may be in one.
+        q = _log_gamma(delta, count, generator).masked_fill(sizes >= share, -torch.inf).softmax(0)
+        cuts = q.cumsum(0)[:-1].mul(len(member)).round().long()
         parts = member.tensor_split(cuts)
         for i, part in enumerate(parts):
             slots[i].append(part)
@@ -74,10 +73,16 @@ def _slots(
     return slots
 
 
-def _dirichlet(delta: float, count: int, generator: torch.Generator) -> Tensor:
+def _log_gamma(delta: float, count: int, generator: torch.Generator) -> Tensor:
+    """Logarithms of Gamma(delta) draws, [count]; normalised, the draws are a Dirichlet's.
+
+    Gamma(delta) = Gamma(delta + 1) · U^(1 / delta), U uniform, does not underflow so.
+    """
+    concentration = torch.full((count,), delta + 1, dtype=torch.float64)
     # PyTorch's distributions draw from the global generator; this one takes a generator.
-    draws = torch._standard_gamma(torch.full((count,), delta, dtype=torch.float64), generator)
-    return draws.clamp_min(torch.finfo(torch.float64).tiny)
+    gamma = torch._standard_gamma(concentration, generator)
+    uniform = torch.rand(count, dtype=torch.float64, generator=generator)
+    return gamma.log() + uniform.log() / delta
 
 
 def _shuffled(positions: Tensor, generator: torch.Generator) -> Tensor:
