@@ -198,7 +198,7 @@ def add_prefix(block: Block, keys: Tensor, values: Tensor) -> Insertion:
     Raises:
         UserError: If the attention is of another kind.
     """
-    from timm.layers import Attention
+    from timm.models.vision_transformer import Attention
 
     if not isinstance(block.attn, Attention):
         raise UserError(
