@@ -253,7 +253,8 @@ class MOS(GradientStrategy):
     def retrieve(self, inputs: Tensor, first: Tensor, guess: Tensor) -> Tensor:
         """z of the adapters that name themselves, or of those tried last.
 
-        Each step runs, for each set of adapters, the samples that come to it for the first time.
+        Each step runs, for each set of adapters, the samples that come to it for the first time;
+        one that has settled comes to the same set again.
 
         Args:
             inputs: [B, ...].
@@ -266,23 +267,20 @@ class MOS(GradientStrategy):
         known = self.owners >= 0
         outputs = only(known, self._classify(first))
         tried = [(torch.zeros_like(guess), outputs)]
-        active = torch.ones_like(guess, dtype=torch.bool)
         for _ in range(self.retrieval_steps):
-            new = active.clone()
-            answer = torch.empty_like(outputs)
+            outputs = torch.empty_like(outputs)
+            new = torch.ones_like(guess, dtype=torch.bool)
             for place, old in tried:
                 again = new & (place == guess)
-                answer[again] = old[again]
+                outputs[again] = old[again]
                 new &= ~again
             for k in guess[new].unique().tolist():
                 mine = (new & (guess == k)).nonzero().flatten()
                 features = self.features(inputs[mine], self.adapters.of(k))
-                answer[mine] = only(known, self._classify(features))
+                outputs[mine] = only(known, self._classify(features))
                 self._passes += len(mine)
-            outputs = torch.where(active.unsqueeze(1), answer, outputs)
             tried.append((guess, outputs))
-            named = self.owners[outputs.argmax(1)]
-            active, guess = active & (named != guess), torch.where(active, named, guess)
+            guess = self.owners[outputs.argmax(1)]
         return outputs
 
     def features(self, inputs: Tensor, adapters: Adapters) -> Tensor:
