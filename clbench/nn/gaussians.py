@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clbench.errors import Diverged
+from clbench.nn.ridge import cholesky
 
 #: See `ClassGaussians`.
 Kind = Literal["full", "diagonal", "centroids"]
@@ -112,7 +113,7 @@ class ClassGaussians:
             means, shares = features.mean(0, keepdim=True), features.new_ones(1)
             centred, freedom = features - means, max(len(features) - 1, 1)
             if self.kind == "full":
-                spreads = self._factor(centred.T @ centred / freedom).unsqueeze(0)
+                spreads = cholesky(centred.T @ centred / freedom, self.jitter).unsqueeze(0)
             else:
                 spreads = (centred.square().sum(0, keepdim=True) / freedom + self.jitter).sqrt()
         self._means[label], self._spreads[label] = means.float(), spreads.float()
@@ -162,18 +163,6 @@ class ClassGaussians:
         for name, kept in self.state_dict().items():
             kept.clear()
             kept.update({label: t.to(self.device) for label, t in state[name].items()})
-
-    def _factor(self, covariance: Tensor) -> Tensor:
-        """The Cholesky factor of the covariance with as little jitter as it needs."""
-        diagonal, jitter = covariance.diagonal(), self.jitter
-        diagonal += jitter
-        while True:
-            factor: Tensor
-            factor, failed = torch.linalg.cholesky_ex(covariance)
-            if not failed:
-                return factor
-            diagonal += 9 * jitter
-            jitter *= 10
 
     def _cluster(self, features: Tensor) -> list[Tensor]:
         """k-means: the members of each cluster."""
