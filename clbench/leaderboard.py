@@ -6,6 +6,8 @@ from typing import Any
 
 import pandas as pd
 
+from clbench.statistics import deviation, interval
+
 #: Columns of a board that are averaged over seeds; fractions in [0, 1], seconds, counts.
 AVERAGED = (
     "average_accuracy",
@@ -44,8 +46,9 @@ def boards(runs: pd.DataFrame) -> list[pd.DataFrame]:
     Returns:
         Boards with one row per strategy and hyper-parameters, best headline mean first: name,
         `seeds` (complete runs, each seed once), `incomplete` (failed, diverged), and for every
-        averaged column its mean and `<column>_std` (sample standard deviation, empty for a
-        single seed).
+        averaged column its mean, `<column>_std` (sample standard deviation) and
+        `<column>_half_width` (of the mean's 95 % interval, Student's t), both empty for a single
+        seed.
         `DataFrame.attrs` holds the scenario's name, options and number of experiences.
     """
     known = runs[runs["status"] != "unreadable"] if len(runs) else runs
@@ -72,8 +75,10 @@ def _board(group: pd.DataFrame, scenario_keys: list[str]) -> pd.DataFrame:
         row |= {"seeds": len(complete), "incomplete": (runs["status"] != "complete").sum()}
         for column in AVERAGED:
             values = complete[column] if column in complete else pd.Series(dtype=float)
-            row[column] = values.mean()
-            row[f"{column}_std"] = values.std(ddof=1)
+            found = interval(values.dropna())
+            row[column] = found.mean
+            row[f"{column}_std"] = deviation(values.dropna())
+            row[f"{column}_half_width"] = found.half_width
         rows.append(row)
     board = pd.DataFrame(rows)
     online = bool(board[ONLINE_HEADLINE].notna().any())

@@ -86,7 +86,12 @@ def _result(path: Path) -> Result | None:
 
 
 def _markdown(tables: list[pd.DataFrame], figures: list[Path], unreadable: list[str]) -> str:
-    parts = ["# Leaderboard", "", "Mean and sample standard deviation over seeds; made by", ""]
+    parts = [
+        "# Leaderboard",
+        "",
+        "Mean over seeds with its 95 % interval (Student's t); made by",
+        "",
+    ]
     parts += ["    python -m clbench phase=report", ""]
     for board in tables:
         title = _title(board)
@@ -124,13 +129,13 @@ def _table(board: pd.DataFrame) -> list[str]:
 
 
 def _number(row: pd.Series, name: str, title: str) -> str:
-    mean, deviation = row[name], row[f"{name}_std"]
+    mean, half = row[name], row[f"{name}_half_width"]
     if pd.isna(mean):
         return "-"
     if name.endswith("_samples"):
         return f"{mean:,.0f}"
     scale = 100 if title.endswith("%") else 1
-    spread = "" if pd.isna(deviation) else f" ± {scale * deviation:.1f}"
+    spread = "" if pd.isna(half) else f" ± {scale * half:.1f}"
     return f"{scale * mean:.1f}{spread}"
 
 

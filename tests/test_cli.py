@@ -78,16 +78,16 @@ class Crashing(GradientStrategy):
 ''',
     "conf/strategy/crashing.yaml": "_target_: strategies.crashing.Crashing\nlr: 0.1\n",
 }
-ADAPTING = {
-    "strategies/adapting.py": HEADER
+UNLABELLED = {
+    "strategies/unlabelled.py": HEADER
     + '''
 @dataclass(kw_only=True)
-class Adapting(GradientStrategy):
+class Unlabelled(GradientStrategy):
     """For unlabelled streams. **Differs from the paper:** there is none."""
 
     settings: ClassVar[frozenset[Setting]] = frozenset({Setting.TEST_TIME_ADAPTATION})
 ''',
-    "conf/strategy/adapting.yaml": "_target_: strategies.adapting.Adapting\nlr: 0.1\n",
+    "conf/strategy/unlabelled.yaml": "_target_: strategies.unlabelled.Unlabelled\nlr: 0.1\n",
 }
 
 
@@ -154,8 +154,8 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "passes without online": (["scenario.passes=2"], ["scenario.online=true"]),
     "an impossible pair": (
-        ["strategy=adapting"],
-        ["Adapting does not work in the class_incremental", "test_time_adaptation"],
+        ["strategy=unlabelled"],
+        ["Unlabelled does not work in the class_incremental", "test_time_adaptation"],
     ),
     "nothing to wrap": (["strategy@strategy.base=replay"], ["wraps no other"]),
     "no value": (["seed"], ["Can't read 'seed'", "key=value"]),
@@ -179,7 +179,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
 def test_a_mistake_is_one_message_and_nothing_is_written(
     arguments: list[str], said: list[str], work: Path, command: Command
 ) -> None:
-    write_all(work, ADAPTING)
+    write_all(work, UNLABELLED)
     before = listing(work)
     done = command(*arguments)
     assert done.returncode == 2

@@ -190,8 +190,9 @@ def test_the_report_shows_means_and_what_is_missing(tmp_path: Path) -> None:
     written = report.write(tmp_path)
     assert all(path.is_file() for path in written)
     text = (tmp_path / "leaderboard" / "leaderboard.md").read_text()
-    # deviation: ((0.25)^2 + (0.25)^2) / 1 = 0.125, its root 35.4 %
-    assert "| 1 | a | 2 (1 incomplete) | 50.0 ± 35.4 |" in text
+    # Deviation √((0.25² + 0.25²) / 1) = 0.354, its mean's √(0.125 / 2) = 0.25; Student's t for
+    # one degree of freedom is tan(0.475 π) = 12.706, and 12.706 · 0.25 = 317.7 %.
+    assert "| 1 | a | 2 (1 incomplete) | 50.0 ± 317.7 |" in text
     assert "| 2 | b\\|&lt;i> | 0 (1 incomplete) | - |" in text
     assert f"- `{broken.parent}`" in text
     assert "nan" not in text.lower()
