@@ -24,7 +24,9 @@ def closed_form(inputs: Tensor, targets: Tensor, ridge: float) -> Tensor:
     size = inputs.shape[1]
     whole = torch.cat((inputs, ridge**0.5 * torch.eye(size, dtype=torch.float64)))
     answers = F.one_hot(targets, 3).double()
-    return torch.linalg.lstsq(whole, F.pad(answers, (0, 0, 0, size)), driver="gelsd").solution
+    padded = F.pad(answers, (0, 0, 0, size))
+    solution: Tensor = torch.linalg.lstsq(whole, padded, driver="gelsd").solution
+    return solution
 
 
 def test_by_hand() -> None:

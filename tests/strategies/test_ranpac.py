@@ -33,7 +33,8 @@ def closed_form(one: Any, ranpac: RanPAC, ridge: float) -> Tensor:
     with torch.no_grad():
         queries = ranpac.expand(ranpac.tuned_features(tests)).double()
     gram = inputs.T @ inputs + ridge * torch.eye(inputs.shape[1], dtype=torch.float64)
-    return queries @ torch.linalg.solve(gram, inputs.T @ F.one_hot(targets, 6).double())
+    weights: Tensor = torch.linalg.solve(gram, inputs.T @ F.one_hot(targets, 6).double())
+    return queries @ weights
 
 
 @pytest.mark.parametrize("projection", [0, 100, 500])
