@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clbench.types import Strategy
 
@@ -37,6 +37,8 @@ def capture(strategy: Strategy) -> dict[str, Any]:
 def restore(strategy: Strategy, state: dict[str, Any]) -> None:
     """Puts captured state into a strategy that has been set up the same way.
 
+    The state is copied: what happens to the strategy later leaves it as it is.
+
     Raises:
         ValueError: If the state belongs to a strategy with other attributes.
     """
@@ -49,12 +51,14 @@ def restore(strategy: Strategy, state: dict[str, Any]) -> None:
             restore(value, state[name])
         elif isinstance(value, torch.Generator):
             value.set_state(state[name].cpu())
+        elif isinstance(value, nn.Module):
+            value.load_state_dict(state[name])  # copies
         elif isinstance(value, Stateful):
-            value.load_state_dict(state[name])
+            value.load_state_dict(_data(state[name], name))
         elif isinstance(value, Tensor) and value.requires_grad:
-            value.data = state[name]
+            value.data = _data(state[name], name)
         else:
-            setattr(strategy, name, state[name])
+            setattr(strategy, name, _data(state[name], name))
 
 
 def _state(strategy: Strategy) -> dict[str, Any]:

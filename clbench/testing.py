@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import random
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,93 +19,28 @@ import torch
 from torch import Tensor, nn
 
 from clbench import protocol
-from clbench.classification import ClassIncrementalImages, Images
+from clbench.classification import ClassIncrementalImages, relabelled
 from clbench.config import build, options
+from clbench.corrupted import CorruptedImages
+from clbench.errors import UserError
 from clbench.machine import isolated_rng
-from clbench.nn.backbones import MLP, Backbone, FeatureExtractor, TimmFeatures
 from clbench.progress import Silent
 from clbench.results import Result, RunFolder
-from clbench.samples import TensorSource
+from clbench.samples import Batch, Samples
 from clbench.state import capture
-from clbench.types import Context, Experience, Scenario, Split, Strategy, Stream, derive_seed
-
-
-@dataclass(kw_only=True)
-class ToyScenario(ClassIncrementalImages):
-    """Six noisy 6x6 patterns in three experiences of two: a run takes a fraction of a second.
-
-    Attributes:
-        per_class: Training samples of each class; half as many for testing.
-        noise: Standard deviation of the noise, in grey levels.
-    """
-
-    backbone: Backbone = field(default_factory=lambda: MLP(hidden=(32,)))
-    n_experiences: int = 3
-    epochs: int = 5
-    batch_size: int = 10
-    memory_size: int = 30
-    per_class: int = 40
-    noise: float = 40.0
-
-    def images(self, split: Split) -> Images:
-        generator = torch.Generator().manual_seed(derive_seed(0, f"toy {split.value}"))
-        patterns = 255 * torch.rand(6, 1, 6, 6, generator=generator)
-
-        def part(count: int) -> TensorSource:
-            targets = torch.arange(6).repeat(count)
-            noise = self.noise * torch.randn(6 * count, 1, 6, 6, generator=generator)
-            pixels = (patterns[targets] + noise).clamp(0, 255).to(torch.uint8)
-            return TensorSource(pixels, targets)
-
-        train, test = part(self.per_class), part(self.per_class // 2)
-        return Images(train, test, [f"pattern {i}" for i in range(6)], (0.5,), (0.3,))
-
-
-@dataclass(kw_only=True)
-class ToyViT(Backbone):
-    """timm's vision transformer in miniature, for `ToyScenario`: 16 features, two blocks.
-
-    Started at random, with tokens and activations of the size that trained ones have, so that its
-    features tell the toy's patterns apart.
-
-    Attributes:
-        patch_size: In pixels.
-    """
-
-    patch_size: int = 3
-
-    @property
-    def is_vision_transformer(self) -> bool:
-        return True
-
-    def _assemble(
-        self, image_shape: tuple[int, int, int]
-    ) -> tuple[FeatureExtractor, dict[str, Tensor]]:
-        from timm.models.vision_transformer import VisionTransformer
-
-        channels, *size = image_shape
-        model = VisionTransformer(
-            img_size=tuple(size),
-            patch_size=self.patch_size,
-            in_chans=channels,
-            num_classes=0,
-            embed_dim=16,
-            depth=2,
-            num_heads=2,
-            mlp_ratio=2,
-        )
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=0.3)
-        return TimmFeatures(model, model.num_features), {}
-
+from clbench.toys import ToyDrift as ToyDrift
+from clbench.toys import ToyScenario as ToyScenario
+from clbench.toys import ToyViT as ToyViT
+from clbench.types import Context, Experience, Scenario, Setting, Split, Strategy, Stream
 
 Check = Callable[[Strategy, Scenario], None]
+#: The first one on which a strategy says that it works is the one it is checked on.
+TOYS: tuple[Scenario, ...] = (ToyScenario(), ToyScenario(backbone=ToyViT()), ToyDrift())
 
 
 def same_seed_same_numbers(strategy: Strategy, scenario: Scenario) -> None:
-    """Two runs with one seed agree in every bit of the matrix."""
-    assert _run(strategy, scenario).accuracy_matrix == _run(strategy, scenario).accuracy_matrix
+    """Two runs with one seed agree in every bit of what is measured."""
+    assert _numbers(_run(strategy, scenario)) == _numbers(_run(strategy, scenario))
 
 
 def other_seed_other_run(strategy: Strategy, scenario: Scenario) -> None:
@@ -118,8 +53,9 @@ def predict_leaves_no_trace(strategy: Strategy, scenario: Scenario) -> None:
     """Predicting changes neither state nor random numbers."""
     one = _learned(strategy, scenario, experiences=1)
     before = capture(one.strategy), one.random_states()
-    for test in one.stream.tests:
-        one.strategy.predict(_all(test).unlabelled())
+    with torch.inference_mode():
+        for test in one.stream.tests:
+            one.strategy.predict(_all(test).unlabelled())
     assert _equal(before[0], capture(one.strategy)), "predict changed the state"
     assert _equal(before[1], one.random_states()), "predict drew random numbers"
 
@@ -160,12 +96,13 @@ def outputs_cover_seen_classes(strategy: Strategy, scenario: Scenario) -> None:
 
 
 def beats_chance(strategy: Strategy, scenario: Scenario) -> None:
-    """The average accuracy at the end is at least one and a half times guessing."""
-    result = _run(strategy, scenario)
-    final = result.metrics["average_accuracy"]
+    """Accuracy, at the end and of what arrives, is at least one and a half times guessing."""
+    metrics = _run(strategy, scenario).metrics
     chance = 1 / _stream(scenario).n_outputs
+    final, error = metrics["average_accuracy"], metrics.get("online_error")
     assert final is not None
     assert final >= 1.5 * chance, f"accuracy {final:.3f}, chance {chance:.3f}"
+    assert error is None or 1 - error >= 1.5 * chance, f"online error {error:.3f}"
 
 
 def resumes_with_the_same_bits(strategy: Strategy, scenario: Scenario) -> None:
@@ -183,22 +120,28 @@ def resumes_with_the_same_bits(strategy: Strategy, scenario: Scenario) -> None:
                 raise AssertionError("the run was not interrupted")
             rest = _run(strategy, scenario, folder=where)
             assert "resumed" in (where.path / "log.txt").read_text(), "the run began anew"
-        assert rest.accuracy_matrix == whole.accuracy_matrix
+        assert _numbers(rest) == _numbers(whole)
         assert rest.costs["train_samples"] == whole.costs["train_samples"]
 
 
 def one_experience_works(strategy: Strategy, scenario: Scenario) -> None:
     """A stream of a single experience is learned and scored."""
+    single: Scenario | None = None
     if isinstance(scenario, ClassIncrementalImages):
-        result = _run(strategy, replace(scenario, n_experiences=1))
+        single = replace(scenario, n_experiences=1)
+    elif isinstance(scenario, CorruptedImages):
+        single = replace(scenario, corruptions=scenario.chosen(Split.EVALUATE)[:1])
+    if single is not None:
+        result = _run(strategy, single)
         assert result.metrics["average_accuracy"] is not None
         assert result.metrics["forgetting"] is None
 
 
 def last_batch_of_one_works(strategy: Strategy, scenario: Scenario) -> None:
-    """A last batch of one sample is learned like any other."""
-    size = len(_stream(scenario).experiences[0].train or ()) - 1
-    _run(strategy, replace(scenario, batch_size=size, epochs=1))
+    """A last batch of one sample is learned, or answered, like any other."""
+    stream = _stream(scenario)
+    first = stream.arrivals[0].samples if stream.arrivals else stream.experiences[0].train
+    _run(strategy, replace(scenario, batch_size=len(first or ()) - 1, epochs=1))
 
 
 def no_labels_no_learning(strategy: Strategy, scenario: Scenario) -> None:
@@ -209,8 +152,6 @@ def no_labels_no_learning(strategy: Strategy, scenario: Scenario) -> None:
 
 def no_memory_works(strategy: Strategy, scenario: Scenario) -> None:
     """A memory budget of zero is honoured or refused with a message, never ignored."""
-    from clbench.errors import UserError
-
     empty = replace(scenario, memory_size=0)
     try:
         strategy.check(empty)
@@ -231,39 +172,149 @@ def says_how_it_differs(strategy: Strategy, scenario: Scenario) -> None:  # noqa
     assert "**Differs from the paper:**" in (type(strategy).__doc__ or "")
 
 
-CHECKS: tuple[Check, ...] = (
-    same_seed_same_numbers,
-    other_seed_other_run,
-    predict_leaves_no_trace,
-    globals_untouched,
-    memory_within_budget,
-    outputs_cover_seen_classes,
-    beats_chance,
-    resumes_with_the_same_bits,
-    one_experience_works,
-    last_batch_of_one_works,
-    no_labels_no_learning,
-    no_memory_works,
-    options_build_it_again,
-    says_how_it_differs,
-)
+def predicting_changes_no_answer(strategy: Strategy, scenario: Scenario) -> None:
+    """A strategy that is asked to predict between its batches answers them as one that is not."""
+    one, other = _set_up(strategy, scenario), _set_up(strategy, scenario)
+    for mine, same in zip(one.arriving(), other.arriving(), strict=True):
+        alone = one.answer(mine)
+        with torch.inference_mode():
+            other.strategy.predict(_all(other.stream.tests[0]).unlabelled())
+        assert torch.equal(alone, other.answer(same)), "predict changed a later answer"
+
+
+def answers_every_sample(strategy: Strategy, scenario: Scenario) -> None:
+    """Answers are finite, in fp32, one row for each sample; the batch is left as it was."""
+    one = _set_up(strategy, scenario)
+    for batch in one.arriving():
+        before = batch.inputs.clone(), batch.raw.clone()
+        answers = one.answer(batch)
+        assert answers.shape == (len(batch), one.stream.n_outputs)
+        assert answers.dtype == torch.float32
+        assert answers.isfinite().all()
+        assert _equal(before, (batch.inputs, batch.raw)), "adapt changed its batch"
+
+
+def labels_are_out_of_reach(strategy: Strategy, scenario: Scenario) -> None:
+    """Other labels of what arrives and of what is held out change no answer."""
+    one, other = (_set_up(strategy, s) for s in (scenario, _mislabelled(scenario)))
+    for mine, same in zip(one.arriving(), other.arriving(), strict=True):
+        assert torch.equal(one.answer(mine), other.answer(same)), "an answer depends on labels"
+
+
+def reset_forgets_everything(strategy: Strategy, scenario: Scenario) -> None:
+    """Reset puts back every bit, however often: state, random numbers, and so the answers."""
+    one = _set_up(strategy, scenario)
+    start = capture(one.strategy), one.random_states()
+    first = [one.answer(batch) for batch in one.arriving(0)]
+    for _ in range(2):
+        for index in range(len(one.stream.arrivals)):
+            for batch in one.arriving(index):
+                one.answer(batch)
+        one.strategy.reset()
+        assert _equal(start[0], capture(one.strategy)), "reset left a trace in the state"
+        now = one.random_states()
+        assert _equal(start[1], {k: now[k] for k in start[1]}), "reset left random numbers"
+        again = [one.answer(batch) for batch in one.arriving(0)]
+        assert _equal(first, again), "answers differ after a reset"
+        one.strategy.reset()
+
+
+def batches_of_one_work(strategy: Strategy, scenario: Scenario) -> None:
+    """Samples that arrive alone are answered."""
+    one = _set_up(strategy, scenario)
+    for batch in one.arriving(0, size=1)[:8]:
+        assert one.answer(batch).isfinite().all()
+
+
+def one_class_works(strategy: Strategy, scenario: Scenario) -> None:
+    """A stream of samples of a single class is answered."""
+    one = _set_up(strategy, scenario)
+    for arrivals in one.stream.arrivals:
+        samples = arrivals.samples
+        of_first = (samples.targets == samples.targets[0]).nonzero().flatten()
+        for batch in samples.subset(of_first).batches(torch.arange(len(of_first)), 4):
+            assert one.answer(batch).isfinite().all()
+
+
+def missing_source_is_no_crash(strategy: Strategy, scenario: Scenario) -> None:
+    """Without samples of the source it works, or says that it needs them."""
+    try:
+        one = _set_up(strategy, scenario, source=False)
+    except UserError:
+        return
+    one.answer(one.arriving(0)[0])
+
+
+_LABELLED = frozenset(Setting) - {Setting.TEST_TIME_ADAPTATION}
+_UNLABELLED = frozenset({Setting.TEST_TIME_ADAPTATION})
+
+#: Every check, with the settings that it is about.
+CHECKS: Mapping[Check, frozenset[Setting]] = {
+    same_seed_same_numbers: frozenset(Setting),
+    other_seed_other_run: _LABELLED,
+    predict_leaves_no_trace: frozenset(Setting),
+    globals_untouched: frozenset(Setting),
+    memory_within_budget: _LABELLED,
+    outputs_cover_seen_classes: frozenset(Setting),
+    beats_chance: frozenset(Setting),
+    resumes_with_the_same_bits: frozenset(Setting),
+    one_experience_works: frozenset(Setting),
+    last_batch_of_one_works: frozenset(Setting),
+    no_labels_no_learning: frozenset(Setting),
+    no_memory_works: _LABELLED,
+    options_build_it_again: frozenset(Setting),
+    says_how_it_differs: frozenset(Setting),
+    predicting_changes_no_answer: _UNLABELLED,
+    answers_every_sample: _UNLABELLED,
+    labels_are_out_of_reach: _UNLABELLED,
+    reset_forgets_everything: _UNLABELLED,
+    batches_of_one_work: _UNLABELLED,
+    one_class_works: _UNLABELLED,
+    missing_source_is_no_crash: _UNLABELLED,
+}
+
+
+def checks_for(strategy: Strategy | type[Strategy]) -> tuple[Check, ...]:
+    """The checks that are about a setting in which the strategy works."""
+    return tuple(check for check, settings in CHECKS.items() if settings & strategy.settings)
+
+
+def toy_for(strategy: Strategy, settings: frozenset[Setting] = frozenset(Setting)) -> Scenario:
+    """The first toy of one of these settings on which the strategy says that it works.
+
+    Raises:
+        AssertionError: With what it says about each, if there is none.
+    """
+    reasons = []
+    for toy in (toy for toy in TOYS if toy.setting in settings):
+        try:
+            strategy.check(toy)
+        except UserError as reason:
+            reasons.append(str(reason))
+        else:
+            return toy
+    raise AssertionError(f"no toy scenario works: {' '.join(reasons)}")
 
 
 def check_strategy(strategy: Strategy, scenario: Scenario | None = None) -> None:
-    """Runs every check on a strategy.
+    """Runs every check on a strategy that is about the scenario's setting.
 
     A check listed in the strategy's `expected_failures` must fail, and is an error once it
     passes.
 
     Args:
         strategy: With the hyper-parameters to check; it is copied, not changed.
-        scenario: Default: `ToyScenario()`.
+        scenario: Default: the one of `TOYS` that suits.
 
     Raises:
         AssertionError: Naming the check that failed.
     """
-    for check in CHECKS:
-        run_check(check, strategy, scenario or ToyScenario())
+    for check in checks_for(strategy):
+        settings = CHECKS[check]
+        if scenario is None:
+            run_check(check, strategy, toy_for(strategy, settings))
+        elif scenario.setting in settings:
+            run_check(check, strategy, scenario)
 
 
 def run_check(check: Check, strategy: Strategy, scenario: Scenario) -> None:
@@ -306,7 +357,7 @@ def check_scenario(scenario: Scenario) -> None:
 
 @dataclass
 class Learned:
-    """A strategy that has learned some experiences, and the stream it met."""
+    """A strategy that is set up and may have learned some experiences, and the stream it met."""
 
     strategy: Strategy
     stream: Stream
@@ -316,10 +367,21 @@ class Learned:
         """The state of every generator."""
         return {k: g.get_state() for k, g in self.context.generators.items()}
 
+    def arriving(self, experience: int | None = None, size: int = 0) -> list[Batch]:
+        """What arrives in one experience or in all, in batches of `size` or of the scenario's."""
+        size = size or self.context.scenario.batch_size
+        every = self.stream.arrivals
+        some = every if experience is None else [every[experience]]
+        order = [torch.arange(len(arrivals.samples)) for arrivals in some]
+        return [b for a, o in zip(some, order, strict=True) for b in a.samples.batches(o, size)]
 
-def _learned(
-    strategy: Strategy, scenario: Scenario, seed: int = 0, experiences: int | None = None
-) -> Learned:
+    def answer(self, batch: Batch) -> Tensor:
+        """What `adapt` answers; the same global random numbers each time."""
+        with isolated_rng(0, "answer"):
+            return self.strategy.adapt(batch.unlabelled()).detach()
+
+
+def _set_up(strategy: Strategy, scenario: Scenario, seed: int = 0, source: bool = True) -> Learned:
     strategy = copy.deepcopy(strategy)
     with isolated_rng(seed, "check"):
         stream = _stream(scenario, seed)
@@ -332,13 +394,56 @@ def _learned(
             transform=stream.transform,
             n_outputs=stream.n_outputs,
             stream_batches=stream.batches(scenario),
+            source=stream.source if source else None,
         )
         strategy.setup(model, context)
-        for experience in stream.experiences[:experiences]:
-            if strategy.revisits:
-                context.seen = list(stream.experiences[: experience.index + 1])
-            strategy.learn(experience)
     return Learned(strategy, stream, context)
+
+
+def _learned(
+    strategy: Strategy, scenario: Scenario, seed: int = 0, experiences: int | None = None
+) -> Learned:
+    one = _set_up(strategy, scenario, seed)
+    with isolated_rng(seed, "learn"):
+        for experience in one.stream.experiences[:experiences]:
+            if strategy.revisits:
+                one.context.seen = list(one.stream.experiences[: experience.index + 1])
+            if one.stream.arrivals:
+                for batch in one.arriving(experience.index):
+                    one.answer(batch)
+            else:
+                one.strategy.learn(experience)
+    return one
+
+
+def _mislabelled(scenario: Scenario) -> Scenario:
+    """The same scenario with a wrong label for everything that arrives or is held out."""
+
+    def stream(split: Split, seed: int) -> Stream:
+        right = scenario.stream(split, seed)
+
+        shifted = torch.arange(1, right.n_outputs + 1) % right.n_outputs
+
+        def wrong(samples: Samples) -> Samples:
+            return Samples(relabelled(samples.source, shifted), samples.index, samples.transform)
+
+        return replace(
+            right,
+            tests=[wrong(test) for test in right.tests],
+            arrivals=[replace(a, samples=wrong(a.samples)) for a in right.arrivals],
+            source_test=None if right.source_test is None else wrong(right.source_test),
+        )
+
+    other = copy.copy(scenario)
+    vars(other)["stream"] = stream
+    return other
+
+
+def _numbers(result: Result) -> Any:
+    """What is measured, but for times."""
+    online = copy.deepcopy(result.online)
+    online.get("source_model", {}).pop("seconds_per_sample", None)
+    return result.accuracy_matrix, online
 
 
 def _run(

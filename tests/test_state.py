@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections import deque
 from dataclasses import dataclass, field
@@ -150,6 +151,18 @@ def test_captured_state_does_not_change_with_the_strategy() -> None:
     before = through_a_file(state)
     strategy.learn(STREAM.experiences[1])
     assert same(state, before)
+
+
+def test_restored_state_does_not_change_with_the_strategy() -> None:
+    """So that it can be restored again, as a reset does."""
+    one = ready(Rich(rates=[0.5]), 0, 1)
+    state = capture(one)
+    kept = copy.deepcopy(state)
+    restore(one, state)
+    one.learn(STREAM.experiences[2])
+    one.memory.add(SCENARIO.stream(Split.EVALUATE, 0).tests[0].take(torch.arange(4)))
+    assert not same(capture(one), kept)
+    assert same(state, kept)
 
 
 def test_a_trained_tensor_stays_the_one_that_is_trained() -> None:

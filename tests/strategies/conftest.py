@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from clbench.samples import Batch
-from clbench.testing import ToyScenario
+from clbench.testing import ToyDrift, ToyScenario
 from clbench.types import Context, Scenario, Split, Strategy, Stream
 
 S = TypeVar("S", bound=Strategy)
@@ -45,6 +45,7 @@ class Bench:
             transform=self.stream.transform,
             n_outputs=self.stream.n_outputs,
             stream_batches=self.stream.batches(self.scenario),
+            source=self.stream.source,
             on_step=self.steps.append,
         )
 
@@ -79,6 +80,13 @@ class Bench:
         assert train is not None
         return train.take(torch.arange(start, start + size))
 
+    def arriving(self, experience: int = 0, size: int = 0) -> list[Batch]:
+        """What arrives without labels in an experience, in batches; default: the scenario's."""
+        samples = self.stream.arrivals[experience].samples
+        order = torch.arange(len(samples))
+        batches = samples.batches(order, size or self.scenario.batch_size)
+        return [batch.unlabelled() for batch in batches]
+
     def outputs(self, strategy: Strategy) -> Tensor:
         """What a strategy answers on all test samples."""
         whole = [t.take(torch.arange(len(t))).unlabelled() for t in self.stream.tests]
@@ -92,6 +100,16 @@ def bench() -> Callable[..., Bench]:
 
     def make(model: nn.Module | None = None, **options: int) -> Bench:
         return Bench(ToyScenario(**options), model)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def drift() -> Callable[..., Bench]:
+    """Makes a bench of test-time adaptation from options of its toy scenario."""
+
+    def make(model: nn.Module | None = None, **options: Any) -> Bench:
+        return Bench(ToyDrift(**options), model)
 
     return make
 
