@@ -49,6 +49,7 @@ class GlyphViT(Backbone):
     al. 2024, with the step size of Liu et al. 2025, 2502.16982: with AdamW alone, the loss stays
     where it began for most of so short a training), everything else AdamW. Most of the training
     shows a part of the patches only (Li et al. 2023, FLIP, 2212.00794), the rest of it all.
+    Position embeddings start as sines and cosines and are trained.
 
     Made once, in minutes, and kept in the cache folder; `build` then only reads it. The same
     options give the same weights on the same machine with as many threads; elsewhere the last
@@ -58,7 +59,7 @@ class GlyphViT(Backbone):
         mean: See `Backbone`; also that of the pre-training.
         std: Likewise.
         patch_size: In pixels; divides 32.
-        embed_dim: Features; a multiple of `num_heads`.
+        embed_dim: Features; a multiple of `num_heads`, and of 4 for the position embeddings.
         depth: Blocks.
         num_heads: Of the attention.
         n_classes: Characters to pre-train on; 0: all there are.
@@ -76,6 +77,7 @@ class GlyphViT(Backbone):
         scale: Largest relative change of its size.
         contrast: Largest relative change of its contrast, and of the brightness of each channel
             as a part of the range.
+        recolour: Swap the channels at random, and make every second image a negative.
         seed: Decides initialisation, order and augmentation.
         cache_dir: Where weights and images are kept; None: the user's cache folder.
         device: Where to pre-train: "auto", "cpu" or "cuda".
@@ -104,6 +106,7 @@ class GlyphViT(Backbone):
     shift: float = 2.0
     scale: float = 0.1
     contrast: float = 0.2
+    recolour: bool = True
     seed: int = 0
     cache_dir: Path | None = field(default=None, metadata=LOCATION)
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=LOCATION)
@@ -125,6 +128,8 @@ class GlyphViT(Backbone):
         require(self, "n_classes", "weight_decay", "shift", "seed", at_least=0)
         require(self, "warmup", "hidden_patches", "scale", "contrast", at_least=0, at_most=0.99)
         require(self, "whole", at_least=0, at_most=1)
+        if self.embed_dim % 4:
+            raise UserError(f"backbone.embed_dim={self.embed_dim}: give a multiple of 4.")
         for whole, part in (("32", "patch_size"), ("embed_dim", "num_heads")):
             of = getattr(self, whole, SHAPE[1])
             if of % getattr(self, part):
@@ -181,9 +186,10 @@ class GlyphViT(Backbone):
         Args:
             hidden_patches: Part of the patches that it leaves out while it is in training mode.
         """
+        from timm.layers import build_sincos2d_pos_embed
         from timm.models.vision_transformer import VisionTransformer
 
-        return VisionTransformer(
+        model = VisionTransformer(
             img_size=SHAPE[1],
             patch_size=self.patch_size,
             embed_dim=self.embed_dim,
@@ -192,6 +198,10 @@ class GlyphViT(Backbone):
             num_classes=0,
             patch_drop_rate=hidden_patches,
         )
+        grid = list(model.patch_embed.grid_size)
+        with torch.no_grad():
+            model.pos_embed[:, 1:] = 0.5 * build_sincos2d_pos_embed(grid, self.embed_dim)
+        return model
 
     def _pretrained(self) -> dict[str, cache.Array]:
         """The cache's entry, made first where there is none."""
@@ -262,7 +272,9 @@ def pretrain(
     """
     assert recipe.mean is not None
     assert recipe.std is not None
-    varied = Varied(recipe.mean, recipe.std, recipe.shift, recipe.scale, recipe.contrast)
+    varied = Varied(
+        recipe.mean, recipe.std, recipe.shift, recipe.scale, recipe.contrast, recipe.recolour
+    )
     train, test = (
         Samples(source, torch.arange(len(source)), varied).to(device)
         for source in (images.train, images.test)
@@ -345,6 +357,7 @@ class Varied(ImageTransform):
         scale: Largest relative change of the size.
         contrast: Largest relative change of the contrast, and of the brightness of each channel
             as a part of the range.
+        recolour: Swap the channels at random, and make every second image a negative.
     """
 
     def __init__(
@@ -354,9 +367,10 @@ class Varied(ImageTransform):
         shift: float,
         scale: float,
         contrast: float,
+        recolour: bool,
     ) -> None:
         super().__init__(mean, std)
-        self.shift, self.scale, self.contrast = shift, scale, contrast
+        self.shift, self.scale, self.contrast, self.recolour = shift, scale, contrast, recolour
 
     def augment(self, raw: Tensor, generator: torch.Generator) -> Tensor:
         """The random part alone: [B, C, H, W] to float [B, C, H, W] of the same range."""
@@ -367,6 +381,10 @@ class Varied(ImageTransform):
         place[:, :, 2] = 2 * self.shift / width * chance[:, 1:3]
         grid = F.affine_grid(place, list(raw.shape), align_corners=False)
         moved = F.grid_sample(raw.float(), grid, padding_mode="border", align_corners=False)
-        contrast = 1 + self.contrast * chance[:, 3].view(-1, 1, 1, 1)
+        contrast = (1 + self.contrast * chance[:, 3]).view(-1, 1, 1, 1)
         brightness = 127.5 * self.contrast * chance[:, 4:].view(n, channels, 1, 1)
+        if self.recolour:
+            chance = torch.rand(n, 1 + channels, generator=generator, device=raw.device)
+            moved = moved.take_along_dim(chance[:, 1:].argsort(1)[:, :, None, None], 1)
+            contrast = torch.where(chance[:, 0] < 0.5, -1, 1).view(-1, 1, 1, 1) * contrast
         return (moved - 127.5) * contrast + 127.5 + brightness

@@ -189,7 +189,7 @@ CHANGED: dict[str, Any] = {
     **{"depth": 2, "num_heads": 1, "n_classes": 3, "train_per_class": 41, "test_per_class": 21},
     **{"epochs": 3, "batch_size": 17, "learning_rate": 1e-4, "muon_learning_rate": 1e-4},
     **{"weight_decay": 0.1, "warmup": 0.2, "hidden_patches": 0.1, "whole": 0.3, "shift": 1.0},
-    **{"scale": 0.2, "contrast": 0.1, "seed": 1},
+    **{"scale": 0.2, "contrast": 0.1, "recolour": False, "seed": 1},
 }
 
 
@@ -263,6 +263,7 @@ def test_other_images_are_refused_before_any_training(tmp_path: Path, shape: Any
         ({"load_head": True}, r"load_head=true"),
         ({"patch_size": 5}, r"patch_size=5 does not divide 32"),
         ({"num_heads": 3}, r"num_heads=3 does not divide embed_dim \(16\)"),
+        ({"embed_dim": 18}, r"embed_dim=18: give a multiple of 4"),
         ({"mean": None, "std": None}, r"needs mean and std"),
         ({"mean": (0.5,), "std": (0.5,)}, r"needs mean and std of 3"),
         ({"hidden_patches": 1.0}, r"hidden_patches=1\.0 is out of range"),
@@ -328,9 +329,13 @@ def images(n: int = 64) -> Tensor:
     return made
 
 
-def varied(raw: Tensor, seed: int = 0, **options: float) -> Tensor:
-    transform = Varied((0.5,) * 3, (0.5,) * 3, **{"shift": 0, "scale": 0, "contrast": 0, **options})
-    return transform.augment(raw, torch.Generator().manual_seed(seed))
+def transform(**options: Any) -> Varied:
+    nothing = {"shift": 0.0, "scale": 0.0, "contrast": 0.0, "recolour": False}
+    return Varied((0.5,) * 3, (0.5,) * 3, **{**nothing, **options})
+
+
+def varied(raw: Tensor, **options: Any) -> Tensor:
+    return transform(**options).augment(raw, torch.Generator().manual_seed(0))
 
 
 def centre(made: Tensor) -> tuple[Tensor, Tensor]:
@@ -342,11 +347,10 @@ def centre(made: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_no_variation_gives_the_image_itself() -> None:
     torch.testing.assert_close(varied(images()), images().float(), rtol=0, atol=0.02)
-    transform = Varied((0.5,) * 3, (0.5,) * 3, 0, 0, 0)
     expected = (images().float() / 255 - 0.5) / 0.5
-    trained = transform.train(images(), torch.Generator())
+    trained = transform().train(images(), torch.Generator())
     torch.testing.assert_close(trained, expected, rtol=0, atol=2e-4)
-    torch.testing.assert_close(transform.test(images()), expected)
+    torch.testing.assert_close(transform(shift=9.0, recolour=True).test(images()), expected)
 
 
 def test_shift_moves_each_image_by_its_own_distance_up_to_the_largest() -> None:
@@ -382,6 +386,19 @@ def test_contrast_and_brightness_stay_within_their_bounds() -> None:
     assert (shift[:, 0] - shift[:, 1]).abs().max() > 5, "each channel has a brightness of its own"
 
 
+def test_recolouring_swaps_whole_channels_and_turns_whole_images() -> None:
+    """Channels of grey 10, 60 and 180; of a negative 245, 195 and 75: 12 images, all possible."""
+    raw = torch.tensor([10, 60, 180], dtype=torch.uint8).view(1, 3, 1, 1).expand(600, 3, 32, 32)
+    made = varied(raw, recolour=True)
+    torch.testing.assert_close(made, made[:, :, :1, :1].expand_as(made), rtol=0, atol=1e-2)
+    kinds, counts = made[:, :, 0, 0].round().int().unique(dim=0, return_counts=True)
+    triples = {tuple(sorted(kind)) for kind in kinds.tolist()}
+    assert triples == {(10, 60, 180), (75, 195, 245)}
+    assert len(kinds) == 12
+    # 50 are expected of each: five standard deviations of a binomial are 34.
+    assert (counts - 50).abs().max() < 34
+
+
 def test_accuracy_by_hand() -> None:
     class Answers(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -390,7 +407,7 @@ def test_accuracy_by_hand() -> None:
     inputs = torch.tensor([0, 1, 2, 2]).view(4, 1, 1, 1).to(torch.uint8)
     source = TensorSource(inputs, torch.tensor([0, 1, 1, 2]))
     scale = (1 / 255,)  # raw numbers come through
-    samples = glyph_vit.Samples(source, torch.arange(4), Varied((0.0,), scale, 0, 0, 0))
+    samples = glyph_vit.Samples(source, torch.arange(4), Varied((0.0,), scale, 0, 0, 0, False))
     assert glyph_vit._accuracy(Answers(), samples) == 0.75
 
 
