@@ -9,12 +9,22 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from clbench.types import Context
+
 M = TypeVar("M", bound=nn.Module)
 
 
 def frozen_copy(model: M) -> M:
     """A copy of a model, buffers and modes included, none of whose weights gets a gradient."""
     return copy.deepcopy(model).requires_grad_(False)
+
+
+@torch.no_grad()
+def answer(model: nn.Module, inputs: Tensor, context: Context) -> Tensor:
+    """Outputs of a model that is not trained, in fp32 whatever the precision of the run."""
+    with context.autocast():
+        outputs: Tensor = model(inputs)
+    return outputs.float()
 
 
 def weights_and_biases(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -25,6 +35,24 @@ def weights_and_biases(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     parts = ("weight", "bias")
     return {n: p for n, p in model.named_parameters() if n.rpartition(".")[2] in parts}
+
+
+def consistency(student: Tensor, teacher: Tensor, symmetric: bool = False) -> Tensor:
+    """Mean cross-entropy of a student's answers with a teacher's, −Σ_k q_k ln p_k.
+
+    Args:
+        student: Logits of p, [B, K].
+        teacher: Logits of q, [B, K]; constants.
+        symmetric: −½ Σ_k q_k ln p_k − ½ Σ_k p_k ln q_k instead.
+
+    Returns:
+        A scalar.
+    """
+    log_p, log_q = student.log_softmax(1), teacher.log_softmax(1)
+    loss = -(log_q.exp() * log_p).sum(1)
+    if symmetric:
+        loss = (loss - (log_p.exp() * log_q).sum(1)) / 2
+    return loss.mean()
 
 
 @torch.no_grad()

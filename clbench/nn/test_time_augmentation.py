@@ -67,6 +67,26 @@ class CoTTAViews:
             views = views.add_(noise, alpha=0.005).clamp_(0, 1)
             yield from views.sub_(mean).div_(std)
 
+    @torch.no_grad()
+    def average(self, model: Callable[[Tensor], Tensor], inputs: Tensor, count: int) -> Tensor:
+        """Mean of a model's answers to views of a batch.
+
+        The model sees one view at a time, so that batch statistics are those of a view.
+
+        Args:
+            model: [B, C, H, W] to [B, K].
+            inputs: Normalised images, [B, C, H, W].
+            count: Views.
+
+        Returns:
+            [B, K].
+        """
+        views = self(inputs, count)
+        total = model(next(views)).clone()
+        for view in views:
+            total += model(view)
+        return total / count
+
 
 @dataclass(frozen=True)
 class Draw:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
 from clbench.nn.teacher import (
+    consistency,
     follow,
     frozen_copy,
     restore_stochastically,
@@ -39,6 +42,17 @@ def test_a_frozen_copy_is_a_copy() -> None:
     assert copied.conv.weight.abs().min() > 0
     assert copied.norm.running_mean is not None
     assert torch.equal(copied.norm.running_mean, torch.zeros(8))
+
+
+def test_consistency_by_hand() -> None:
+    """q = (1/2, 1/2), p = (3/4, 1/4): −½ ln ¾ − ½ ln ¼ and the reverse, ln 2; mean of two."""
+    student = torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log()
+    teacher = torch.zeros(2, 2)
+    forward = -(math.log(3 / 4) + math.log(1 / 4)) / 2
+    found = consistency(student, teacher)
+    assert math.isclose(float(found), (forward + math.log(2)) / 2, rel_tol=1e-6)
+    both = consistency(student, teacher, symmetric=True)
+    assert math.isclose(float(both), (forward + 3 * math.log(2)) / 4, rel_tol=1e-6)
 
 
 def test_a_teacher_follows_by_hand() -> None:

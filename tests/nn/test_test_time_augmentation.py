@@ -156,6 +156,20 @@ def test_chunks_are_invisible(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(whole, parts)
 
 
+def test_average_is_over_views_one_at_a_time() -> None:
+    inputs = ImageTransform(MEAN, STD).test(pictures(4))
+    views = [*CoTTAViews(context())(inputs, 3)]
+    shapes = []
+
+    def model(images: Tensor) -> Tensor:
+        shapes.append(images.shape)
+        return images.mean((2, 3)) - images.mean((0, 2, 3))  # depends on who else is there
+
+    found = CoTTAViews(context()).average(model, inputs, 3)
+    assert shapes == [inputs.shape] * 3
+    torch.testing.assert_close(found, torch.stack([model(view) for view in views]).mean(0))
+
+
 def test_views_of_what_is_no_image_are_refused() -> None:
     with pytest.raises(UserError, match="scenario of images"):
         CoTTAViews(context(Identity()))
