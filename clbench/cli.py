@@ -25,6 +25,7 @@ from clbench import userspace
 from clbench.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    from clbench.cells import Cell
     from clbench.protocol import Names
     from clbench.results import Result, RunFolder
 
@@ -191,37 +192,31 @@ def _report(command: Command, tree: Mapping[str, Any]) -> int:  # noqa: ARG001
 
 def _run(command: Command, tree: Mapping[str, Any]) -> int:
     """One run, or the word that it is there already."""
-    from clbench import config, machine, protocol
-    from clbench.results import RunFolder
-    from clbench.types import Scenario, Strategy
+    from clbench.cells import execute
 
-    scenario = config.build(tree["scenario"], Scenario, "scenario")
-    strategy = config.build(tree["strategy"], Strategy, "strategy")
-    names = _names()
-    keys = protocol.Conditions.__dataclass_fields__
-    conditions = config.fill(protocol.Conditions, {k: tree[k] for k in keys if k in tree}, "")
-    machine.choose_device(conditions.device)
-    strategy.check(scenario)
-    scenario.check(conditions.split)
-    identity = protocol.identify(scenario, strategy, conditions, names)
-    folder = RunFolder(Path(command.results_dir), identity["run_id"])
-    with folder.claim():
-        earlier = None if command.force else folder.result()
-        if earlier and earlier.status != "failed":
-            print("This run is there already; force=true repeats it.", file=sys.stderr)
-            return _show(earlier, folder)
-        if earlier or command.force:
-            folder.clear()
-        folder.write_config(OmegaConf.to_yaml(OmegaConf.create(dict(tree))))
-        try:
-            with _progress(names, conditions.seed, command.progress) as progress:
-                result = protocol.run(
-                    scenario, strategy, conditions, names=names, folder=folder, progress=progress
-                )
-        except UserError:
-            folder.forget_if_unused()
-            raise
-        return _show(result, folder)
+    cell = _cell(command, tree)
+    title = cell.names, cell.conditions.seed
+    ended = execute(cell, lambda: _progress(*title, command.progress))
+    if ended.earlier:
+        print("This run is there already; force=true repeats it.", file=sys.stderr)
+    return _show(ended.result, ended.folder)
+
+
+def _cell(command: Command, tree: Mapping[str, Any]) -> Cell:
+    """What the command line asks to run."""
+    from clbench import config
+    from clbench.cells import Cell
+    from clbench.protocol import Conditions
+
+    keys = Conditions.__dataclass_fields__
+    return Cell(
+        composed=tree,
+        conditions=config.fill(Conditions, {k: tree[k] for k in keys if k in tree}, ""),
+        names=_names(),
+        tuned=None,
+        results_dir=Path(command.results_dir),
+        force=command.force,
+    )
 
 
 def _names() -> Names:

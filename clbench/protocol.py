@@ -76,6 +76,7 @@ def identify(
     strategy: Strategy,
     conditions: Conditions,
     names: Names | None = None,
+    tuned: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The "run" part of a result: what is run, and the id that follows from it.
 
@@ -84,11 +85,14 @@ def identify(
         strategy: Its hyper-parameters.
         conditions: Of the run.
         names: Of scenario and strategy, for people; default: their classes'.
+        tuned: Where the hyper-parameters come from, plain data; None: nobody tuned them.
     """
     chosen = {"scenario": options(scenario), "strategy": options(strategy)}
     names = names or Names(type(scenario).__name__.lower(), type(strategy).__name__.lower())
     label = ".".join(filter(None, (names.strategy, names.base)))
     identity = {**chosen, "data": dict(scenario.fingerprint()), **conditions.identity()}
+    if tuned is not None:
+        identity["tuned"] = dict(tuned)
     return {
         "run_id": run_id(names.scenario, label, conditions.seed, identity),
         "scenario": names.scenario,
@@ -99,7 +103,7 @@ def identify(
         "seed": conditions.seed,
         "precision": conditions.precision,
         "options": chosen,
-        "tuned": None,
+        "tuned": None if tuned is None else dict(tuned),
     }
 
 
@@ -109,6 +113,7 @@ def run(
     conditions: Conditions = Conditions(),
     *,
     names: Names | None = None,
+    tuned: Mapping[str, Any] | None = None,
     folder: RunFolder | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -119,6 +124,7 @@ def run(
         strategy: The method; not set up yet.
         conditions: Seed, split, device, ...
         names: Of scenario and strategy, for people.
+        tuned: Where the hyper-parameters come from; see `identify`.
         folder: Where checkpoints and the result go; None: nowhere.
         progress: Told how far the run is.
 
@@ -130,7 +136,7 @@ def run(
     """
     strategy.check(scenario)
     scenario.check(conditions.split)
-    result = Result(run=identify(scenario, strategy, conditions, names))
+    result = Result(run=identify(scenario, strategy, conditions, names, tuned))
     loop = _Loop(scenario, strategy, conditions, result, folder, progress or Silent())
     try:
         loop.run()

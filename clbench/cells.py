@@ -1,0 +1,106 @@
+"""One planned run: from its part of a configuration to its folder, wherever it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from clbench import config, machine, protocol
+from clbench.errors import UserError
+from clbench.progress import Progress, Silent
+from clbench.protocol import Conditions, Names
+from clbench.results import Result, RunFolder
+from clbench.types import Scenario, Strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A run that is planned: plain data, so that another process can take it.
+
+    Attributes:
+        composed: The configuration, with nodes `scenario` and `strategy`.
+        conditions: Of the run.
+        names: Of scenario and strategy.
+        tuned: Where the hyper-parameters come from; None: nobody tuned them.
+        results_dir: Where run folders go.
+        force: Repeat a run that is there.
+    """
+
+    composed: Mapping[str, Any]
+    conditions: Conditions
+    names: Names
+    tuned: Mapping[str, Any] | None
+    results_dir: Path
+    force: bool = False
+
+    def build(self) -> tuple[Scenario, Strategy]:
+        """Both parts, checked alone and together, before anything is loaded or written.
+
+        Raises:
+            UserError: If they can't be, or can't work together.
+        """
+        scenario = config.build(self.composed["scenario"], Scenario, "scenario")
+        strategy = config.build(self.composed["strategy"], Strategy, "strategy")
+        machine.choose_device(self.conditions.device)
+        strategy.check(scenario)
+        scenario.check(self.conditions.split)
+        return scenario, strategy
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run that has ended.
+
+    Attributes:
+        result: Whatever its status.
+        folder: Where it lies.
+        earlier: It was there already.
+    """
+
+    result: Result
+    folder: RunFolder
+    earlier: bool
+
+
+def execute(
+    cell: Cell, progress: Callable[[], AbstractContextManager[Progress]] | None = None
+) -> Ended:
+    """Runs a cell, or finds that it was run before; continues one that was interrupted.
+
+    Args:
+        cell: The plan.
+        progress: Makes what is told how far the run is.
+
+    Raises:
+        UserError: If the cell can't work, another process has it, or the disk refuses.
+    """
+    scenario, strategy = cell.build()
+    identity = protocol.identify(scenario, strategy, cell.conditions, cell.names, cell.tuned)
+    folder = RunFolder(cell.results_dir, identity["run_id"])
+    with folder.claim():
+        earlier = None if cell.force else folder.result()
+        if earlier and earlier.status != "failed":
+            return Ended(earlier, folder, earlier=True)
+        if earlier or cell.force:
+            folder.clear()
+        folder.write_config(OmegaConf.to_yaml(OmegaConf.create(dict(cell.composed))))
+        try:
+            with progress() if progress else nullcontext(Silent()) as told:
+                result = protocol.run(
+                    scenario,
+                    strategy,
+                    cell.conditions,
+                    names=cell.names,
+                    tuned=cell.tuned,
+                    folder=folder,
+                    progress=told,
+                )
+        except UserError:
+            folder.forget_if_unused()
+            raise
+    return Ended(result, folder, earlier=False)
