@@ -193,7 +193,10 @@ def matching(units: Sequence[Unit], modules: str | tuple[str, ...]) -> list[int]
         matched = {i for i, u in enumerate(units) if u.kind == entry or fnmatchcase(u.name, entry)}
         if not matched:
             known = ", ".join(u.name for u in units)
-            raise UserError(f"strategy.modules: no module matches '{entry}'. There are: {known}.")
+            raise UserError(
+                f"strategy.modules: no module matches '{entry}'. Use a name, a pattern such as "
+                f"'*.bn1*' or a kind such as norm. There are: {known}."
+            )
         found |= matched
     return sorted(found)
 

@@ -110,7 +110,7 @@ def sensitivity(runs: Sequence[Sequence[Mapping[str, Any]]], title: str = "") ->
     axes.set_yticks(rows, [name for name, _ in modules[0]], size=7, family="monospace")
     for label, facts in zip(axes.get_yticklabels(), zip(*runs, strict=True), strict=True):
         label.set_fontweight("bold" if any(m.get("finetuned") for m in facts) else "normal")
-    axes.set_xlabel("mean absolute change of a parameter: within an experience (hollow), across")
+    axes.set_xlabel("mean absolute change: within an experience (hollow), across a switch", size=8)
     axes.grid(axis="x", lw=0.3)
     axes.set_axisbelow(True)
     for kind in dict.fromkeys(kind for _, kind in modules[0]):

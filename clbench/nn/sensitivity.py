@@ -176,9 +176,11 @@ class Sensitivity:
 
     def _change(self, reference: Sequence[Tensor]) -> Tensor:
         """c between the present weights and others, [units] float64."""
-        norms = torch._foreach_norm(torch._foreach_sub(self._now, list(reference)), 1)
+        distances = torch._foreach_sub(self._now, list(reference))
+        torch._foreach_abs_(distances)
+        sums = torch.stack([distance.sum().double() for distance in distances])
         totals = torch.zeros_like(self._sizes, dtype=torch.float64)
-        totals.index_add_(0, self._owner, torch.stack([norm.double() for norm in norms]))
+        totals.index_add_(0, self._owner, sums)
         return totals / self._sizes
 
 
