@@ -30,6 +30,7 @@ class Adaptation(Strategy, ABC):
         self.model, self.context = model.eval(), context
         self.prepare()
         self._start = capture(self)
+        self._drawn = {key: g.get_state() for key, g in context.generators.items()}
 
     def prepare(self) -> None:
         """Configures the model and makes all state, before the stream."""
@@ -43,8 +44,11 @@ class Adaptation(Strategy, ABC):
 
     def reset(self) -> None:
         restore(self, self._start)
-        for generator in self.context.generators.values():
-            generator.manual_seed(generator.initial_seed())
+        for key, generator in self.context.generators.items():
+            if key in self._drawn:
+                generator.set_state(self._drawn[key])
+            else:
+                generator.manual_seed(generator.initial_seed())
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Outputs of the model as it is set, in fp32 whatever the precision of the run."""

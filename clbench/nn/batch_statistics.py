@@ -22,6 +22,26 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
+def stored_batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """The batch norms of a model that has some, each with stored statistics.
+
+    Raises:
+        UserError: If it has none, or one without.
+    """
+    found = batch_norms(model)
+    if not found:
+        raise UserError(
+            "The model has no batch norm, and this method changes nothing else. Choose a backbone "
+            "with batch norms or another strategy."
+        )
+    if any(norm.running_mean is None for norm in found):
+        raise UserError(
+            "A batch norm of the model has no stored statistics, and this method changes what "
+            "they are used for. Choose a backbone that keeps them or another strategy."
+        )
+    return found
+
+
 def affine_parameters(model: nn.Module, frozen: Collection[str] = ()) -> dict[str, nn.Parameter]:
     """Scales and shifts of the normalisation layers: batch, layer, group, instance, RMS.
 
@@ -89,12 +109,7 @@ def replace_batch_norms(model: nn.Module, make: Callable[[_BatchNorm], M]) -> li
     Raises:
         UserError: If the model has no batch norm, or one without stored statistics.
     """
-    made = {norm: make(norm) for norm in map(_with_statistics, batch_norms(model))}
-    if not made:
-        raise UserError(
-            "The model has no batch norm, and this method changes nothing else. Choose a backbone "
-            "with batch norms or another strategy."
-        )
+    made = {norm: make(norm) for norm in stored_batch_norms(model)}
     for parent, name, child in list(_places(model)):
         setattr(parent, name, made[child])
     return list(made.values())
@@ -123,7 +138,7 @@ class MixedBatchNorm(nn.Module):
         super().__init__()
         if (alpha is None) == (prior is None):
             raise ValueError("give alpha or prior")
-        self.layer, self.alpha, self.prior = _with_statistics(layer).eval(), alpha, prior
+        self.layer, self.alpha, self.prior = layer.eval(), alpha, prior
 
     def train(self, mode: bool = True) -> MixedBatchNorm:
         super().train(mode)
@@ -159,7 +174,7 @@ class MovingBatchNorm(nn.Module):
 
     def __init__(self, layer: _BatchNorm, momentum: float = 0.05) -> None:
         super().__init__()
-        self.layer, self.momentum = _with_statistics(layer).eval(), momentum
+        self.layer, self.momentum = layer.eval(), momentum
         self.training = False
 
     def train(self, mode: bool = True) -> MovingBatchNorm:
@@ -196,15 +211,6 @@ def _mixture(layer: _BatchNorm, x: Tensor, alpha: float) -> tuple[Tensor, Tensor
     variance, mean = torch.var_mean(x.float(), over, correction=0)
     mean = torch.lerp(layer.running_mean, mean, alpha)
     return mean, torch.lerp(layer.running_var, variance, alpha)
-
-
-def _with_statistics(layer: _BatchNorm) -> _BatchNorm:
-    if layer.running_mean is None:
-        raise UserError(
-            "A batch norm of the model has no stored statistics, with which this method mixes "
-            "those of the batch. Choose a backbone that keeps them or another strategy."
-        )
-    return layer
 
 
 def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, _BatchNorm]]:
