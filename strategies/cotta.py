@@ -79,7 +79,7 @@ class CoTTA(GradientAdaptation):
         outputs = self.forward(batch.inputs)
         targets = self.pseudo_labels(batch.inputs)
         self.descent.zero_grad()
-        consistency(outputs, targets, self.symmetric).backward()
+        consistency(outputs, targets, self.symmetric).mean().backward()
         self.descent.step()
         follow(self.teacher, self.model, self.teacher_momentum)
         restore_stochastically(

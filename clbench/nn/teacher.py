@@ -38,7 +38,7 @@ def weights_and_biases(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def consistency(student: Tensor, teacher: Tensor, symmetric: bool = False) -> Tensor:
-    """Mean cross-entropy of a student's answers with a teacher's, −Σ_k q_k ln p_k.
+    """Cross-entropy of each of a student's answers with a teacher's, −Σ_k q_k ln p_k.
 
     Args:
         student: Logits of p, [B, K].
@@ -46,13 +46,13 @@ def consistency(student: Tensor, teacher: Tensor, symmetric: bool = False) -> Te
         symmetric: −½ Σ_k q_k ln p_k − ½ Σ_k p_k ln q_k instead.
 
     Returns:
-        A scalar.
+        [B].
     """
     log_p, log_q = student.log_softmax(1), teacher.log_softmax(1)
     loss = -(log_q.exp() * log_p).sum(1)
     if symmetric:
         loss = (loss - (log_p.exp() * log_q).sum(1)) / 2
-    return loss.mean()
+    return loss
 
 
 @torch.no_grad()
