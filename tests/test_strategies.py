@@ -274,7 +274,8 @@ class SoundDrift(Adaptation):
         normalise_by_batch(self.model)
         scales = train_only(self.model, affine_parameters(self.model).values())
         self.descent = torch.optim.SGD(scales, 0.01, momentum=0.9)
-        self.average = torch.zeros(self.context.n_outputs)
+        noise = self.context.generator("noise")
+        self.average = torch.rand(self.context.n_outputs, generator=noise) / 100
 
     def adapt(self, batch: Batch) -> Tensor:
         noise = torch.randn(len(batch), generator=self.context.generator("noise"))
