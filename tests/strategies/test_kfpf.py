@@ -186,13 +186,35 @@ def test_what_is_not_chosen_stays_to_the_bit_through_a_fine_tuning(
         assert moved == {"2.weight", "2.bias", "4.weight", "4.bias"}
 
 
-def test_scores_decide_what_moves_and_are_of_the_stream_alone(bench: Make) -> None:
-    """As sensitive as without any fine-tuning in the first switch, up to what that changes."""
-    found = bench().learned(KFPF(base=Finetune(), triggers=30, finetune_steps=1))
-    modules = found.facts()["sensitivity"]
-    assert [fact["finetuned"] for fact in modules] == [0, 30]
-    assert all(len(fact["within"]) == 3 and len(fact["across"]) == 2 for fact in modules)
-    assert found.chosen() == [1]
+class Stepping(Finetune):
+    """Keeps what each of its own steps adds to the head."""
+
+    def setup(self, model: nn.Module, context: Any) -> None:
+        super().setup(model, context)
+        self._added: list[Tensor] = []
+
+    def update(self, loss: Tensor) -> None:
+        before = self.model.get_parameter("head.weight").detach().clone()
+        super().update(loss)
+        self._added.append(self.model.get_parameter("head.weight").detach() - before)
+
+
+def test_sensitivity_is_of_the_stream_s_steps_alone(bench: Make) -> None:
+    """Forty steps in each experience, eight an epoch; twelve fine-tunings leave no trace in it.
+
+    A head without a bias, so that the weights are the whole unit.
+    """
+    model = nn.Sequential()
+    model.add_module("flat", nn.Flatten())
+    model.add_module("head", nn.Linear(36, 6, bias=False))
+    found = bench(model).learned(KFPF(base=Stepping(), triggers=12, finetune_steps=5))
+    assert [fact["finetuned"] for fact in found.facts()["sensitivity"]] == [12]
+    epochs = torch.stack(found.base._added).view(3, 5, 8, -1).sum(2)
+    (fact,) = found.facts()["sensitivity"]
+    within = epochs[:, 1:].abs().mean((1, 2))
+    across = epochs.sum(1).abs().mean(1)[1:]
+    assert fact["within"] == pytest.approx(within.tolist(), rel=1e-4)
+    assert fact["across"] == pytest.approx(across.tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize(("k", "steps"), [(10, 6), (7, 8), (60, 1), (120, 1)])
