@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from clbench.types import Context
 #: Numbers that are augmented together: on a CPU few enough to stay in its cache.
 _CPU_CHUNK, _GPU_CHUNK = 2**20, 2**27
 _BLUR_TAPS = 5
+
+Crop = Literal["padded", "resized"]
 
 
 class CoTTAViews:
@@ -283,7 +286,7 @@ class AugMixViews:
         UserError: If the inputs of the scenario are not images with known normalisation.
     """
 
-    def __init__(self, context: Context, crop: str = "padded") -> None:
+    def __init__(self, context: Context, crop: Crop = "padded") -> None:
         self._transform = _image_transform(context.transform)
         self._draws = context.generator("copies", torch.device("cpu"))
         self._crops = context.generator("crops of copies")
