@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import hydra
 from hydra.core.config_search_path import ConfigSearchPath
@@ -25,14 +25,17 @@ from clbench import userspace
 from clbench.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from clbench.cells import Cell
     from clbench.protocol import Names
     from clbench.results import Result, RunFolder
+    from clbench.tuning import Budget
 
 #: Exit codes: a mistake to mend; a run that did not complete.
 MISTAKE, INCOMPLETE, INTERRUPTED = 2, 1, 130
 #: Parts of a run that are chosen by name, each a folder of conf/.
-GROUPS = ("scenario", "strategy", "backbone")
+GROUPS = ("scenario", "strategy", "backbone", "budget")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,11 @@ class Command:
     results_dir: str
     force: bool
     progress: bool
+    protocol: Literal["two_phase", "conventional"]
+    untuned: bool
+    references: bool
+    workers: int
+    reference_strategies: dict[str, list[str]]
 
 
 def main() -> int:
@@ -161,7 +169,13 @@ def _paths(tree: Any, prefix: str = "") -> list[str]:
 
 
 def _job(cfg: DictConfig) -> int:
-    phases = {"run": _run, "report": _report}
+    phases = {
+        "run": _run,
+        "tune": _tune,
+        "evaluate": _evaluate,
+        "benchmark": _benchmark,
+        "report": _report,
+    }
     tree: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     command = _command(tree)
     if command.phase not in phases:
@@ -202,7 +216,97 @@ def _run(command: Command, tree: Mapping[str, Any]) -> int:
     return _show(ended.result, ended.folder)
 
 
-def _cell(command: Command, tree: Mapping[str, Any]) -> Cell:
+def _tune(command: Command, tree: Mapping[str, Any], names: Names | None = None) -> int:
+    """Searches on the tuning split."""
+    from clbench import display, tuning
+    from clbench.tuning import Trial
+
+    cell, budget = _cell(command, tree, names), _budget(tree)
+    title = display.title(cell.names)
+
+    def tell(number: int, trial: Trial) -> None:
+        if command.progress:
+            text = display.trial(trial)
+            print(f"{title} · trial {number}/{budget.trials}: {text}", file=sys.stderr)
+
+    study, place = tuning.tune(cell, budget, command.protocol, command.workers, tell)
+    _print(display.study(study))
+    print(place)
+    return 0 if study.chosen is not None else INCOMPLETE
+
+
+def _evaluate(command: Command, tree: Mapping[str, Any], names: Names | None = None) -> int:
+    """Runs the chosen values on the evaluation split."""
+    from clbench import display, tuning
+    from clbench.cells import Ended
+
+    cell, budget = _cell(command, tree, names), _budget(tree)
+    title = display.title(cell.names)
+
+    def done(ended: Ended) -> None:
+        if command.progress:
+            text = f"{title} · seed {ended.result.run['seed']}: {display.ending(ended.result)}"
+            print(text + (" (was there)" if ended.earlier else ""), file=sys.stderr)
+
+    ended = tuning.evaluate(cell, budget, command.protocol, command.untuned, done)
+    _print(display.evaluation([e.result for e in ended]))
+    return 0 if all(e.result.status == "complete" for e in ended) else INCOMPLETE
+
+
+def _benchmark(command: Command, tree: Mapping[str, Any]) -> int:
+    """Tunes, then evaluates; with its references first, if they are asked for."""
+    codes = []
+    for names, node in _benchmarked(command, tree):
+        mine = {**tree, "strategy": node}
+        codes.append(_tune(command, mine, names))
+        if not codes[-1]:
+            codes.append(_evaluate(command, mine, names))
+    return max(codes)
+
+
+def _benchmarked(
+    command: Command, tree: Mapping[str, Any]
+) -> Iterator[tuple[Names | None, Mapping[str, Any]]]:
+    """Names and strategy nodes: the references', then the one that was asked for."""
+    from clbench.classification import ImageScenario
+    from clbench.protocol import Names
+    from clbench.types import CLASSIFICATION
+
+    if command.references:
+        scenario, _ = _cell(command, tree).build()
+        wanted = list(command.reference_strategies[scenario.setting.value])
+        if scenario.setting in CLASSIFICATION and isinstance(scenario, ImageScenario):
+            wanted += command.reference_strategies["pretrained"] * scenario.backbone.starts_trained
+        mine = _names()
+        for name in wanted:
+            if name != mine.strategy:
+                yield Names(mine.scenario, name), _configured("strategy", name)
+    yield None, tree["strategy"]
+
+
+def _configured(group: str, name: str) -> dict[str, Any]:
+    """A choice of a group as it stands in its YAML."""
+    from hydra import compose
+
+    found = OmegaConf.to_container(compose("config", [f"{group}={name}"]), resolve=True)
+    node: dict[str, Any] = found[group]  # type: ignore[index,call-overload,assignment]
+    return node
+
+
+def _budget(tree: Mapping[str, Any]) -> Budget:
+    from clbench import config
+    from clbench.tuning import Budget
+
+    return config.fill(Budget, tree["budget"], "budget")
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    Console().print(table)
+
+
+def _cell(command: Command, tree: Mapping[str, Any], names: Names | None = None) -> Cell:
     """What the command line asks to run."""
     from clbench import config
     from clbench.cells import Cell
@@ -212,7 +316,7 @@ def _cell(command: Command, tree: Mapping[str, Any]) -> Cell:
     return Cell(
         composed=tree,
         conditions=config.fill(Conditions, {k: tree[k] for k in keys if k in tree}, ""),
-        names=_names(),
+        names=names or _names(),
         tuned=None,
         results_dir=Path(command.results_dir),
         force=command.force,

@@ -32,9 +32,13 @@ AVERAGED = (
     "parameters",
 )
 HEADLINE = "average_accuracy"
+#: `tuned` of the runs of a search: they choose, and are never reported.
+TRIAL = "trial"
 #: Where samples arrive without labels, what counts is how they were answered; lower is better.
 ONLINE_HEADLINE = "online_error"
 _CONDITIONS = ("split", "precision")
+#: What tells rows of one strategy apart besides its options.
+_ORIGIN = ("base", "tuned", "study")
 
 
 def boards(runs: pd.DataFrame) -> list[pd.DataFrame]:
@@ -52,6 +56,8 @@ def boards(runs: pd.DataFrame) -> list[pd.DataFrame]:
         `DataFrame.attrs` holds the scenario's name, options and number of experiences.
     """
     known = runs[runs["status"] != "unreadable"] if len(runs) else runs
+    if "tuned" in known:
+        known = known[known["tuned"] != TRIAL]
     if known.empty:
         return []
     keys = _keys(known, "scenario")
@@ -61,7 +67,7 @@ def boards(runs: pd.DataFrame) -> list[pd.DataFrame]:
 def _keys(runs: pd.DataFrame, part: str) -> list[str]:
     """Columns that say which scenario (and under which conditions), or which strategy."""
     own = [c for c in runs.columns if c == part or c.startswith(f"{part}.")]
-    return own + [c for c in (_CONDITIONS if part == "scenario" else ("base",)) if c in runs]
+    return own + [c for c in (_CONDITIONS if part == "scenario" else _ORIGIN) if c in runs]
 
 
 def _board(group: pd.DataFrame, scenario_keys: list[str]) -> pd.DataFrame:

@@ -183,6 +183,20 @@ def cumulative_forgetting(cumulative: Matrix) -> float | None:
     return _mean(_drops_from_best(kept, with_final=True, with_zero_shot=False))
 
 
+def headline(setting: str) -> tuple[str, bool]:
+    """What runs are ranked and tuned by.
+
+    Args:
+        setting: Value of a `clbench.types.Setting`.
+
+    Returns:
+        Name of the metric, and whether higher is better.
+    """
+    if setting == "test_time_adaptation":
+        return "online_error", False
+    return "average_accuracy", True
+
+
 def summary(
     matrix: Matrix,
     sizes: Sizes = None,

@@ -203,7 +203,8 @@ def read(root: str | Path = "results") -> pd.DataFrame:
         root: A results folder, or any folder above or below one.
 
     Returns:
-        Columns: run_id, status, scenario, strategy, base, setting, split, seed, tuned; every
+        Columns: run_id, status, scenario, strategy, base, setting, split, seed; `tuned`, the
+        protocol under which hyper-parameters were chosen, and `study`, where; every
         metric; every cost; task-aware metrics with the prefix "task_aware_"; options as
         "scenario.<name>" and "strategy.<name>"; device, threads and code; `reason`; `path`.
         Runs that did not complete keep their row, with empty metrics. A file that is no result
@@ -232,10 +233,13 @@ def _ended(path: Path) -> dict[str, Any]:
     result = Result.from_json(path.read_text())
     run = dict(result.run)
     options = run.pop("options", {})
+    tuned = run.pop("tuned", None) or {}
     return {
         "run_id": run.pop("run_id", path.parent.name),
         "status": result.status,
         **run,
+        "tuned": tuned.get("protocol"),
+        "study": tuned.get("study"),
         **result.metrics,
         **{f"task_aware_{name}": value for name, value in result.task_aware_metrics.items()},
         **result.costs,

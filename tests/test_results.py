@@ -242,6 +242,7 @@ def test_a_run_is_a_row(tmp_path: Path) -> None:
         "split": "evaluate",
         "seed": 1,
         "tuned": None,
+        "study": None,
         "average_accuracy": 0.25,
         "forgetting": None,
         "task_aware_average_accuracy": 0.625,
