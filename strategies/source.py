@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from clbench.adaptation import Adaptation
@@ -20,5 +21,6 @@ class Source(Adaptation):
     def predict(self, batch: Batch) -> Tensor:
         return self.forward(batch.inputs)
 
+    @torch.no_grad()
     def adapt(self, batch: Batch) -> Tensor:
         return self.predict(batch)

@@ -1,0 +1,159 @@
+"""What test-time adaptation costs beside loops written by hand. Not a test.
+
+    python tests/speed/adaptation.py [--rounds 7] [--batches 4] [--batch-size 200]
+
+ResNet-20 on random 32x32 images, kept as bytes on both sides. The suite's side is its whole loop
+over an experience: gathering, normalising, answering, adapting, counting errors, calibration and
+collapse. The loops by hand do the least: normalise, forward (backward, step), count what is right;
+in the memory format that the suite gives the model (channels last), and in PyTorch's default.
+Contenders take turns in one process, in reverse order in every other round; a ratio compares the
+CPU seconds of two runs of one round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from clbench.adaptation import Adaptation
+from clbench.nn.backbones import CifarResNet
+from clbench.nn.heads import classifier
+from clbench.nn.transforms import ImageTransform
+from clbench.online import Online
+from clbench.samples import Samples, TensorSource
+from clbench.toys import ToyDrift
+from clbench.types import Arrivals, Context, Experience, Stream
+from strategies.source import Source
+from strategies.tent import Tent
+
+MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+LAST, DEFAULT = torch.channels_last, torch.contiguous_format
+Pass = Callable[[], None]
+
+
+def resnet() -> nn.Module:
+    """The same weights each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return classifier(CifarResNet(), (3, 32, 32), 10).eval()
+
+
+def suite(strategy: Adaptation, images: Tensor, labels: Tensor, size: int) -> Pass:
+    """The suite's loop over one experience."""
+    transform = ImageTransform(MEAN, STD)
+    samples = Samples(TensorSource(images, labels), torch.arange(len(images)), transform)
+    arrivals = Arrivals(samples, torch.zeros(len(images), dtype=torch.int64))
+    one = Experience(0, "random", None)
+    stream = Stream([one], [], transform, 10, arrivals=[arrivals], domains=["random"])
+    scenario = ToyDrift(batch_size=size)
+    context = Context(
+        device=torch.device("cpu"),
+        seed=0,
+        scenario=scenario,
+        objective=scenario.objective(),
+        transform=transform,
+        n_outputs=10,
+    )
+    strategy.setup(resnet().to(memory_format=LAST), context)
+    online = Online(stream, strategy, context)
+
+    def run() -> None:
+        for _ in online.meet(0):
+            pass
+
+    return run
+
+
+def normalised(images: Tensor) -> Tensor:
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    return (images.float() / 255 - mean) / std
+
+
+def inference(images: Tensor, labels: Tensor, size: int, layout: torch.memory_format) -> Pass:
+    """The model as it is, by hand."""
+    model = resnet().to(memory_format=layout)
+
+    @torch.inference_mode()
+    def run() -> None:
+        right = 0
+        for x, y in zip(images.split(size), labels.split(size), strict=True):
+            right += int((model(normalised(x)).argmax(1) == y).sum())
+
+    return run
+
+
+def entropy_steps(images: Tensor, labels: Tensor, size: int, layout: torch.memory_format) -> Pass:
+    """TENT, by hand."""
+    model = resnet().to(memory_format=layout)
+    model.train().requires_grad_(False)
+    scales: list[nn.Parameter] = []
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = None
+            scales += [module.weight.requires_grad_(True), module.bias.requires_grad_(True)]  # type: ignore[list-item]
+    optimizer = torch.optim.Adam(scales, 1e-3)
+
+    def run() -> None:
+        right = 0
+        for x, y in zip(images.split(size), labels.split(size), strict=True):
+            outputs = model(normalised(x))
+            loss = -(outputs.softmax(1) * outputs.log_softmax(1)).sum(1).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            right += int((outputs.argmax(1) == y).sum())
+
+    return run
+
+
+def compare(contenders: dict[str, Pass], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of each contender in each round, after one to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for index in range(-1, rounds):
+        for name in list(contenders) if index % 2 else list(contenders)[::-1]:
+            began = time.process_time()
+            contenders[name]()
+            if index >= 0:
+                seconds[name].append(time.process_time() - began)
+    return seconds
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compares, and prints a table for each kind of job."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=200)
+    asked = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    size, count = asked.batch_size, asked.batches * asked.batch_size
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(10, (count,), generator=generator)
+    jobs: dict[str, tuple[Adaptation, Callable[..., Pass]]] = {
+        "source": (Source(), inference),
+        "tent": (Tent(), entropy_steps),
+    }
+    for title, (strategy, by_hand) in jobs.items():
+        contenders = {
+            "clbench": suite(copy.deepcopy(strategy), images, labels, size),
+            "by hand": by_hand(images, labels, size, LAST),
+            "by hand, default format": by_hand(images, labels, size, DEFAULT),
+        }
+        seconds = compare(contenders, asked.rounds)
+        print(f"\n| {title} | CPU ms/image | x by hand |\n|---|---|---|")
+        for name, own in seconds.items():
+            ratios = [a / b for a, b in zip(own, seconds["by hand"], strict=True)]
+            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            print(f"| {name} | {1000 * statistics.median(own) / count:.3f} | {spread} |")
+
+
+if __name__ == "__main__":
+    main()
