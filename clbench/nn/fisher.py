@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -57,6 +58,39 @@ def diagonal_fisher(
         batch_size=batch_size,
         of_batches=kind == "batch",
     )
+
+
+def fisher_of_answers(
+    model: Callable[[Tensor], Tensor],
+    parameters: Sequence[Tensor],
+    samples: Samples,
+    order: Tensor,
+    batch_size: int,
+) -> list[Tensor]:
+    """ "batch" of `diagonal_fisher` without labels: y is what the model itself answers.
+
+    What methods of test-time adaptation take for the importance of weights (EATA, Niu et al.
+    2022, arXiv 2204.02610); a model with batch statistics has those of each batch.
+
+    Args:
+        model: Inputs to logits [B, C].
+        parameters: Weights of the model that require gradients.
+        samples: The expectation is over these, with the test-time transform.
+        order: Positions of the samples to take, [N] int64.
+        batch_size: Samples in a batch.
+
+    Returns:
+        One tensor for each parameter, in its shape.
+    """
+    total = [torch.zeros_like(p, requires_grad=False) for p in parameters]
+    with torch.enable_grad():
+        for batch in samples.batches(order, batch_size):
+            outputs = model(batch.inputs)
+            loss = F.cross_entropy(outputs, outputs.detach().argmax(1))
+            gradients = torch.autograd.grad(loss, [*parameters], materialize_grads=True)
+            torch._foreach_addcmul_(total, gradients, gradients)
+    torch._foreach_div_(total, -(-len(order) // batch_size))
+    return total
 
 
 def _true_label(outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clbench.nn.fisher import Fisher, diagonal_fisher
+from clbench.nn.fisher import Fisher, diagonal_fisher, fisher_of_answers
 from clbench.nn.transforms import Identity
 from clbench.samples import Samples, TensorSource
 
@@ -113,3 +113,18 @@ def test_sure_answers_make_no_weight_important() -> None:
     assert not diagonal_fisher(model, samples, "exact")["weight"].any()
     wrong = diagonal_fisher(model, samples, "empirical")["weight"]  # every label is the other one
     torch.testing.assert_close(wrong, torch.ones(2, 1, dtype=torch.float64))
+
+
+def test_of_answers() -> None:
+    """Squares of the mean gradient of each batch, for the largest p as the label."""
+    model, samples, inputs, _ = drawn()
+    order = torch.tensor([6, 2, 0, 5, 1])
+    p = (inputs[order] @ model.weight.T.detach()).softmax(1)
+    residuals = F.one_hot(p.argmax(1), 4) - p
+    batches = zip(residuals.split(2), inputs[order].split(2), strict=True)
+    slopes = [(r.T @ x) / len(x) for r, x in batches]
+    weight, bias = fisher_of_answers(model, [model.weight, model.bias], samples, order, 2)
+    torch.testing.assert_close(weight, torch.stack(slopes).square().mean(0))
+    means = torch.stack([r.mean(0) for r in residuals.split(2)])
+    torch.testing.assert_close(bias, means.square().mean(0))
+    assert not weight.requires_grad
