@@ -219,7 +219,7 @@ def _run(command: Command, tree: Mapping[str, Any]) -> int:
 def _tune(command: Command, tree: Mapping[str, Any], names: Names | None = None) -> int:
     """Searches on the tuning split."""
     from clbench import display, tuning
-    from clbench.tuning import Trial
+    from clbench.study import Trial
 
     cell, budget = _cell(command, tree, names), _budget(tree)
     title = display.title(cell.names)

@@ -13,7 +13,7 @@ from clbench.statistics import interval
 
 if TYPE_CHECKING:
     from clbench.protocol import Names
-    from clbench.tuning import Study, Trial
+    from clbench.study import Study, Trial
 
 #: Wider matrices show only their last rows and columns' ends; the file has everything.
 WIDEST = 12

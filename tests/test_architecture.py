@@ -26,7 +26,8 @@ EVERY_PLUGIN = pytest.mark.parametrize("file", PLUGINS, ids=lambda f: str(f.rela
 #: What only people and the command line use; a method or a dataset never does.
 ROOMS_ABOVE = {
     *("__main__", "checkpoint", "cli", "config", "display", "leaderboard", "plots", "progress"),
-    *("protocol", "report", "results", "statistics", "testing", "tuning", "userspace"),
+    *("protocol", "report", "results", "statistics", "study", "testing", "tuning"),
+    *("page", "markdown", "published", "agreement", "userspace"),
 }
 #: Not needed to say `--help`; each takes a second to import, or ten.
 HEAVY = {"avalanche", "matplotlib", "pandas", "sklearn", "timm", "torch", "transformers"}

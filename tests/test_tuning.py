@@ -14,7 +14,8 @@ from clbench.cells import Cell, execute
 from clbench.errors import UserError
 from clbench.protocol import Conditions, Names
 from clbench.results import read
-from clbench.tuning import FIRST_TUNING_SEED, Budget, Study, Trial
+from clbench.study import Study, Trial
+from clbench.tuning import FIRST_TUNING_SEED, Budget
 from clbench.types import Split
 
 TOY = {"_target_": "clbench.testing.ToyScenario", "epochs": 1, "batch_size": 20, "backbone": None}
