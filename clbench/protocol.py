@@ -397,6 +397,12 @@ class _Loop:
         self.result.costs = {
             **self.costs,
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "memory_samples": self.strategy.memory_samples,
+            "memory_samples": self._kept(),
             "peak_memory_bytes": machine.peak_memory(self.device),
         }
+
+    def _kept(self) -> int:
+        """Samples of the stream that the strategy could go back to at the end."""
+        if not self.strategy.revisits:
+            return self.strategy.memory_samples
+        return sum(len(e.train) for e in self.stream.experiences if e.train is not None)

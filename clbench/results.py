@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,7 @@ class Result:
         strategy_facts: Whatever the strategy found out.
         status: "complete", "failed" or "diverged".
         reason: Why it is not complete.
+        benchmark: `BENCHMARK_VERSION` of the suite that made it.
         schema: Version of this layout.
     """
 
@@ -66,6 +68,7 @@ class Result:
     strategy_facts: dict[str, Any] = field(default_factory=dict)
     status: str = "complete"
     reason: str | None = None
+    benchmark: int = BENCHMARK_VERSION
     schema: int = SCHEMA
 
     def to_json(self) -> str:
@@ -86,10 +89,13 @@ class Result:
             ValueError: If it is not a result of this schema.
         """
         content = json.loads(text)
-        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-            raise ValueError(f"not a result of schema {SCHEMA}")
+        if not isinstance(content, dict) or "schema" not in content:
+            raise ValueError("not a result")
+        if content["schema"] != SCHEMA:
+            raise ValueError(f"written with schema {content['schema']!r}, read is schema {SCHEMA}")
         if not isinstance(content.get("run"), dict):
             raise ValueError("it does not say what was run")
+        content.setdefault("benchmark", 1)  # it was not written down at first
         try:
             return Result(**content)
         except TypeError as error:
@@ -196,6 +202,45 @@ class RunFolder:
             os.close(lock)
 
 
+@dataclass(frozen=True)
+class Found:
+    """A run folder, as it was found.
+
+    Attributes:
+        path: Of the folder.
+        result: What is in it; None if it has not ended, or can't be read.
+        row: For a table: see `read`. Status "unreadable" or "unfinished" where there is no result.
+    """
+
+    path: Path
+    result: Result | None
+    row: dict[str, Any]
+
+
+def find(root: str | Path = "results") -> list[Found]:
+    """All run folders below a results folder, whether they can be read or not, in order.
+
+    Args:
+        root: A results folder, or any folder above or below one.
+
+    Raises:
+        UserError: If there is no such folder.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"No results folder {root}. Run something first, or name another folder.")
+    found = []
+    for place, folders, files in os.walk(root):
+        folders.sort()
+        path = Path(place)
+        if "result.json" in files:
+            found.append(_opened(path))
+        elif path.parent.name == "runs":
+            reason = "a checkpoint to go on from" if "checkpoint" in folders else "nothing learned"
+            found.append(Found(path, None, _without_result(path, "unfinished", reason)))
+    return found
+
+
 def read(root: str | Path = "results") -> pd.DataFrame:
     """All ended runs below a results folder, one row each.
 
@@ -203,51 +248,76 @@ def read(root: str | Path = "results") -> pd.DataFrame:
         root: A results folder, or any folder above or below one.
 
     Returns:
-        Columns: run_id, status, scenario, strategy, base, setting, split, seed; `tuned`, the
-        protocol under which hyper-parameters were chosen, and `study`, where; every
-        metric; every cost; task-aware metrics with the prefix "task_aware_"; options as
-        "scenario.<name>" and "strategy.<name>"; device, threads and code; `reason`; `path`.
+        Columns: run_id, status, scenario, strategy, base, setting, split, seed, precision;
+        `tuned`, the protocol under which hyper-parameters were chosen, `study`, where, and
+        "budget.<name>", what that search was allowed; `pretrained`, whether the model began
+        trained; `benchmark`, the version of the suite's numbers; every metric; every cost;
+        task-aware metrics with the prefix "task_aware_"; options as "scenario.<name>" and
+        "strategy.<name>"; device, threads and code; `reason`; `path`.
         Runs that did not complete keep their row, with empty metrics. A file that is no result
         of this schema is a row with status "unreadable".
 
     Raises:
         UserError: If there is no such folder.
     """
+    return table([found for found in find(root) if found.row["status"] != "unfinished"])
+
+
+def table(found: Sequence[Found]) -> pd.DataFrame:
+    """Run folders as rows; see `read`."""
     import pandas as pd
 
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"No results folder {root}. Run something first, or name another folder.")
-    return pd.DataFrame([_row(path) for path in sorted(root.rglob("result.json"))])
+    return pd.DataFrame([each.row for each in found])
 
 
-def _row(path: Path) -> dict[str, Any]:
+def _opened(path: Path) -> Found:
     try:
-        return _ended(path)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        row = {"run_id": path.parent.name, "status": "unreadable", "reason": str(error)}
-        return {**row, "path": str(path.parent)}
+        result = Result.from_json((path / "result.json").read_text())
+        return Found(path, result, _ended(path, result))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        return Found(path, None, _without_result(path, "unreadable", str(error)))
 
 
-def _ended(path: Path) -> dict[str, Any]:
-    result = Result.from_json(path.read_text())
-    run = dict(result.run)
-    options = run.pop("options", {})
-    tuned = run.pop("tuned", None) or {}
-    return {
-        "run_id": run.pop("run_id", path.parent.name),
+def _without_result(path: Path, status: str, reason: str) -> dict[str, Any]:
+    return {"run_id": path.name, "status": status, "reason": reason, "path": str(path)}
+
+
+def _ended(path: Path, result: Result) -> dict[str, Any]:
+    run = result.run
+    for name, kind in (("scenario", str), ("strategy", str), ("seed", int)):
+        if not isinstance(run.get(name), kind):
+            raise ValueError(f"its {name} is {run.get(name)!r}")
+    tuned = dict(run.get("tuned") or {})
+    known = ("scenario", "strategy", "base", "setting", "split", "seed", "precision")
+    identity = {
+        "run_id": run.get("run_id", path.name),
         "status": result.status,
-        **run,
-        "tuned": tuned.get("protocol"),
-        "study": tuned.get("study"),
-        **result.metrics,
-        **{f"task_aware_{name}": value for name, value in result.task_aware_metrics.items()},
-        **result.costs,
-        **_flat(options),
+        **_flat({name: run[name] for name in known if name in run}),
+        **_flat({"tuned": tuned.pop("protocol", None), "study": tuned.pop("study", None)}),
+        **_flat(tuned, "budget."),
+        "pretrained": _starts_trained(result.scenario_facts),
+        "benchmark": result.benchmark,
+    }
+    task_aware = {f"task_aware_{name}": v for name, v in result.task_aware_metrics.items()}
+    numbers = {**result.metrics, **task_aware, **result.costs}
+    for name, value in numbers.items():
+        if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+            raise ValueError(f"{name} is {value!r}, not a finite number")
+    return {
+        **identity,
+        **{name: value for name, value in numbers.items() if name not in identity},
+        **_flat(run.get("options", {})),
         **{k: result.environment.get(k) for k in ("device", "threads", "code")},
         "reason": result.reason,
-        "path": str(path.parent),
+        "path": str(path),
     }
+
+
+def _starts_trained(facts: Mapping[str, Any]) -> bool | None:
+    """Whether the model's weights came from elsewhere; None if the run did not get that far."""
+    if "backbone" not in facts:
+        return None
+    return facts["backbone"].get("weights") is not None or "source_model_sha256" in facts
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,7 +12,15 @@ import pandas as pd
 import pytest
 
 from clbench.errors import UserError
-from clbench.results import SCHEMA, Result, RunFolder, read, run_id
+from clbench.results import (
+    BENCHMARK_VERSION,
+    SCHEMA,
+    Result,
+    RunFolder,
+    find,
+    read,
+    run_id,
+)
 
 
 def example(**changes: Any) -> Result:
@@ -243,6 +251,8 @@ def test_a_run_is_a_row(tmp_path: Path) -> None:
         "seed": 1,
         "tuned": None,
         "study": None,
+        "pretrained": None,
+        "benchmark": BENCHMARK_VERSION,
         "average_accuracy": 0.25,
         "forgetting": None,
         "task_aware_average_accuracy": 0.625,
@@ -282,6 +292,15 @@ def test_a_run_that_failed_keeps_its_row_without_numbers(tmp_path: Path) -> None
         '{"schema": 1, "run": {}, "costs": null}',
         '{"schema": 1, "run": {"options": 3}}',
         '{"schema": 1, "run": {}, "environment": 1}',
+        '{"schema": 2, "run": {"scenario": "a", "strategy": "b", "seed": 0}}',
+        '{"schema": 1, "run": {"scenario": ["a"], "strategy": "b", "seed": 0}}',
+        '{"schema": 1, "run": {"scenario": "a", "strategy": "b", "seed": "0"}}',
+        '{"schema": 1, "run": {"scenario": "a", "strategy": "b", "seed": 0},'
+        ' "metrics": {"m": NaN}}',
+        '{"schema": 1, "run": {"scenario": "a", "strategy": "b", "seed": 0},'
+        ' "costs": {"c": 1e999}}',
+        '{"schema": 1, "run": {"scenario": "a", "strategy": "b", "seed": 0}, "costs": {"c": "1"}}',
+        "[" * 100_000,
         "\ud800",
     ],
 )
@@ -296,6 +315,58 @@ def test_what_is_no_result_is_an_unreadable_row(text: str, tmp_path: Path) -> No
     assert bad["run_id"] == "a"
     assert bad["path"] == str(other.parent)
     assert isinstance(bad["reason"], str)
+
+
+def test_a_file_can_t_pass_itself_off_as_something_else(tmp_path: Path) -> None:
+    """Keys of a file that have the names of our columns change none of them."""
+    run = {**example().run, "status": "complete", "path": "elsewhere", "base": ["a"]}
+    stored(tmp_path, example(run=run, status="failed", metrics={"seed": 7, "status": 1}))
+    (row,) = read(tmp_path).to_dict("records")
+    assert (row["status"], row["seed"], row["base"]) == ("failed", 1, '["a"]')
+    assert row["path"] == str(tmp_path / "runs" / "digits-replay-0123abcd-s1")
+
+
+def test_the_version_of_the_numbers_is_known_also_of_files_from_before(tmp_path: Path) -> None:
+    path = stored(tmp_path, example(benchmark=7))
+    assert read(tmp_path)["benchmark"].tolist() == [7]
+    content = json.loads((path / "result.json").read_text())
+    del content["benchmark"]
+    (path / "result.json").write_text(json.dumps(content))
+    assert read(tmp_path)["benchmark"].tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("facts", "trained"),
+    [
+        ({}, None),
+        ({"backbone": {"weights": None}}, False),
+        ({"backbone": {"weights": {"file": "a"}}}, True),
+        ({"backbone": {"weights": None}, "source_model_sha256": "a"}, True),
+    ],
+)
+def test_whether_a_model_began_trained(facts: Any, trained: bool | None, tmp_path: Path) -> None:
+    stored(tmp_path, example(scenario_facts=facts))
+    assert read(tmp_path)["pretrained"].tolist() == [trained]
+
+
+def test_budgets_of_searches_are_columns(tmp_path: Path) -> None:
+    tuned = {"protocol": "two_phase", "study": "digits-replay-1", "trials": 30, "seeds": 5}
+    stored(tmp_path, example(run={**example().run, "tuned": tuned}))
+    (row,) = read(tmp_path).to_dict("records")
+    assert (row["tuned"], row["study"]) == ("two_phase", "digits-replay-1")
+    assert (row["budget.trials"], row["budget.seeds"]) == (30, 5)
+
+
+def test_folders_of_runs_that_have_not_ended_are_found_but_no_rows(tmp_path: Path) -> None:
+    stored(tmp_path, example())
+    (tmp_path / "runs" / "begun" / "checkpoint").mkdir(parents=True)
+    RunFolder(tmp_path, "planned").write_config("a: 1")
+    (tmp_path / "tuned").mkdir()
+    found = {each.path.name: each.row for each in find(tmp_path)}
+    assert found["begun"]["status"] == found["planned"]["status"] == "unfinished"
+    assert found["begun"]["reason"] != found["planned"]["reason"]
+    assert len(found) == 3
+    assert len(read(tmp_path)) == 1
 
 
 def test_runs_are_found_from_any_folder_above_or_below(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ import torch
 
 from clbench.errors import UserError
 from clbench.nn.joined import join
+from clbench.protocol import Conditions, run
 from clbench.samples import Samples, TensorSource
-from clbench.types import Experience
+from clbench.testing import ToyScenario
+from clbench.types import Experience, Split
 from strategies.finetune import Finetune
 from strategies.joint import Joint
 
@@ -47,6 +49,16 @@ def test_each_row_is_a_training_of_its_own_on_all_samples_so_far(
     everything = join([e.train for e in experiences])
     finetune.learn(Experience(1, "both", everything, (0, 1, 2, 3)))
     assert same_weights(joint.model, finetune.model)
+
+
+def test_what_it_goes_back_to_counts_as_kept() -> None:
+    """Or a reference that has all the data would pass for one that keeps nothing."""
+    toy = ToyScenario(epochs=1)
+    stream = toy.stream(Split.EVALUATE, 0)
+    everything = sum(len(e.train) for e in stream.experiences if e.train is not None)
+    conditions = Conditions(device="cpu")
+    assert run(toy, Joint(), conditions).costs["memory_samples"] == everything
+    assert run(toy, Finetune(), conditions).costs["memory_samples"] == 0
 
 
 def test_it_may_go_on_from_the_last_model(bench: Make, same_weights: Callable[..., bool]) -> None:
