@@ -75,7 +75,10 @@ class CIFARC(CorruptedImages):
 
     def clean(self) -> Images:
         if self.root is None:
-            return datasets.load(self.dataset, self.data_dir, self.download)
+            images = datasets.load(self.dataset, self.data_dir, self.download)
+            if self.published is not None:
+                _same_labels(self.published, images.test.targets)
+            return images
         return image_files.load(self.files, 32, 3, self.cache_dir, skip_corrupt=False)
 
     def corrupted(
@@ -97,16 +100,33 @@ class CIFARC(CorruptedImages):
 def _published(folder: Path, name: str) -> NDArray[np.uint8]:
     """A published file, mapped: [50000, 32, 32, 3]."""
     path = folder / f"{name}.npy"
+    array: NDArray[np.uint8] = _array(path)
+    shape = 5 * _PER_SEVERITY, 32, 32, 3
+    if array.shape != shape or array.dtype != np.uint8:
+        raise UserError(
+            f"{path} holds {array.dtype} {[*array.shape]}, not uint8 {[*shape]} as the published "
+            "files."
+        )
+    return array
+
+
+def _same_labels(folder: Path, targets: Tensor) -> None:
+    """Refuses files that were made of other images, or of these in another order."""
+    path = folder / "labels.npy"
+    if path.exists() and not np.array_equal(_array(path), np.tile(targets.numpy(), 5)):
+        raise UserError(
+            f"{path} has other labels than the test images of scenario.dataset in "
+            "scenario.data_dir, five times over. CIFAR-10-C belongs to dataset=cifar10, "
+            "CIFAR-100-C to dataset=cifar100."
+        )
+
+
+def _array(path: Path) -> NDArray[Any]:
     try:
-        array: NDArray[np.uint8] = np.load(path, mmap_mode="r", allow_pickle=False)
+        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} can't be read: {error}. Unpack CIFAR-10-C.tar or CIFAR-100-C.tar and set "
             "scenario.published to its folder, or leave it out and the images are made."
         ) from error
-    if array.shape != (5 * _PER_SEVERITY, 32, 32, 3) or array.dtype != np.uint8:
-        raise UserError(
-            f"{path} holds {array.dtype} {[*array.shape]}, not uint8 [50000, 32, 32, 3] as the "
-            "published files."
-        )
     return array
