@@ -51,7 +51,8 @@ class Images:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width)."""
-        channels, height, width = self.train.gather(self.train.targets.new_zeros(1)).shape[1:]
+        part = self.train if len(self.train) else self.test
+        channels, height, width = part.gather(part.targets.new_zeros(1)).shape[1:]
         return channels, height, width
 
 

@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clbench import cache, config, source_model
+from clbench.chained import chained
 from clbench.classification import Classification, Images, ImageScenario
 from clbench.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, corrupt, frost_source
 from clbench.division import held_out
 from clbench.errors import UserError, did_you_mean
 from clbench.nn.heads import Classifier
+from clbench.nn.transforms import Transform
 from clbench.progress import counting
-from clbench.samples import Samples, TensorSource
+from clbench.samples import Samples
 from clbench.shifts import correlated, severities
 from clbench.types import (
     LOCATION,
@@ -173,7 +175,7 @@ class CorruptedImages(ImageScenario):
             severity: 1 to 5.
 
         Returns:
-            [N, C, H, W].
+            [N, C, H, W], perhaps mapped from a file.
         """
         key = {
             "version": _VERSION,
@@ -183,8 +185,8 @@ class CorruptedImages(ImageScenario):
         }
 
         def make() -> dict[str, NDArray[Any]]:
-            clean = images.test.gather(positions).numpy()
-            out = np.empty_like(clean)
+            clean = self.uncorrupted(images, positions)
+            out = np.empty(clean.shape, np.uint8)
             with counting(f"corrupting: {name} {severity}", "images") as tell:
                 for start in range(0, len(clean), _CHUNK):
                     part = slice(start, start + _CHUNK)
@@ -197,16 +199,21 @@ class CorruptedImages(ImageScenario):
         folder = self.cache_dir or cache.default_folder()
         return cache.arrays(folder, "corrupted", key, make)["images"]
 
+    def uncorrupted(self, images: Images, positions: Tensor) -> NDArray[np.uint8]:
+        """Some test images of the dataset as they are, [N, C, H, W]; see `corrupted`."""
+        pixels: NDArray[np.uint8] = images.test.gather(positions).numpy()
+        return pixels
+
     def stream(self, split: Split, seed: int) -> Stream:
         images, names = self.clean(), self.chosen(split)
         online, held = self.positions(images, split)
         pool = torch.cat((online, held))
         levels = severities(self.severity) if self.arrival == "gradual" else [self.severity]
         segments = {(n, s): i for i, (n, s) in enumerate(product(names, sorted({*levels})))}
-        pixels = np.concatenate([self.corrupted(images, pool, *segment) for segment in segments])
+        parts = [self.corrupted(images, pool, *segment) for segment in segments]
         targets = images.test.targets[pool]
         labels = targets[: len(online)]
-        source = TensorSource(torch.from_numpy(pixels), targets.repeat(len(segments)))
+        source = chained(parts, targets.repeat(len(segments)))
         transform = self.transform(images)
 
         def rows(name: str, severity: int, within: Tensor) -> Tensor:
@@ -226,7 +233,7 @@ class CorruptedImages(ImageScenario):
         # The same rows are the same test, so that it is predicted once.
         tests = {id(index): Samples(source, index, transform) for index in held_out_rows}
         classes = tuple(range(len(images.class_names)))
-        clean = TensorSource(images.test.gather(held), images.test.targets[held])
+        train = Samples(images.train, torch.arange(len(images.train)), transform)
         return Stream(
             [Experience(i, name, None, classes) for i, (name, _, _) in enumerate(arriving)],
             [tests[id(index)] for index in held_out_rows] * self.repeats,
@@ -235,15 +242,14 @@ class CorruptedImages(ImageScenario):
             self._facts(images, len(online), len(held)),
             [Arrivals(Samples(source, index, transform), which) for _, index, which in arriving],
             names,
-            Samples(images.train, torch.arange(len(images.train)), transform),
-            Samples(clean, torch.arange(len(held)), transform) if len(held) else None,
+            train if len(train) else None,
+            self._clean_test(images, held, transform),
             self.reset,
         )
 
     def model(self, seed: int, stream: Stream) -> nn.Module:
         model = super().model(seed, stream)
         assert isinstance(model, Classifier)
-        assert stream.source is not None
         if model.head_loaded:
             return model
         if self.backbone.starts_trained:
@@ -252,6 +258,7 @@ class CorruptedImages(ImageScenario):
                 "set backbone.load_head=true, with weights that hold such a head, or leave out "
                 "backbone.weights and a model is trained on the clean training images."
             )
+        assert stream.source is not None, "a dataset without training images has a trained model"
         recipe = source_model.Recipe(epochs=self.source_epochs, lr=self.source_lr)
         options = {"name": self.backbone.title, **config.options(self.backbone)}
         augmentation = {"crop_padding": self.crop_padding, "flip": self.flip, "head": self.head}
@@ -296,6 +303,13 @@ class CorruptedImages(ImageScenario):
         everything = torch.cat(tests)
         generator = torch.Generator().manual_seed(derive_seed(0, "order of held-out images"))
         return [everything[torch.randperm(len(everything), generator=generator)]] * len(names)
+
+    def _clean_test(self, images: Images, held: Tensor, transform: Transform) -> Samples | None:
+        """The held-out images without corruption."""
+        if not len(held):
+            return None
+        source = chained([self.uncorrupted(images, held)], images.test.targets[held])
+        return Samples(source, torch.arange(len(held)), transform)
 
     def _facts(self, images: Images, online: int, held: int) -> dict[str, Any]:
         return {

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from clbench import cache
 from clbench.classification import Images
@@ -91,7 +92,11 @@ def listed(root: Path, entries: Iterable[Entry], class_names: Sequence[str]) -> 
     Raises:
         UserError: If one is not there.
     """
-    ordered = sorted(entries, key=lambda entry: (entry.testing, entry.name))
+    return sized(root, sorted(entries, key=lambda e: (e.testing, e.name)), class_names)
+
+
+def sized(root: Path, ordered: Sequence[Entry], class_names: Sequence[str]) -> ImageFiles:
+    """As `listed`, in an order of the caller's, which only `pixels` and `FileSource` may get."""
     sizes = []
     for entry in ordered:
         try:
@@ -131,23 +136,7 @@ def load(
     Raises:
         UserError: If files can't be decoded and may not be skipped, or can't be read at all.
     """
-    folder = cache_dir or cache.default_folder()
-    key = {
-        "version": _VERSION,
-        "files": files.fingerprint,
-        "image_size": image_size,
-        "channels": channels,
-        **_decoder(),
-    }
-
-    def make() -> dict[str, NDArray[Any]]:
-        with _room(folder) as room, counting(f"decoding {files.root.name}", "images") as tell:
-            made = decode(files, image_size, channels, room, tell)
-            _refuse(files, made, skip_corrupt)
-            return made
-
-    stored = cache.arrays(folder, "images", key, make)
-    _refuse(files, stored, skip_corrupt)
+    stored = _stored(files, image_size, channels, cache_dir, skip_corrupt)
     labels = torch.tensor([entry.label for entry in files.entries])
     large = stored["images"].nbytes > available_memory() / 2
     n, same = files.n_train, torch.arange(len(files.class_names))
@@ -168,12 +157,104 @@ def load(
     return Images(train, test, files.class_names, mean, std, facts)
 
 
+def pixels(
+    files: ImageFiles, image_size: int, channels: int, cache_dir: Path | None, border: float = 0.0
+) -> Pixels:
+    """All images as one array in the order of the files, mapped from the cache folder.
+
+    Args:
+        files: Which files, in any order.
+        image_size: See `load`.
+        channels: See `load`.
+        cache_dir: See `load`.
+        border: Part of each side that is cut off an image of another shape, before `load`'s cut.
+
+    Returns:
+        uint8 [N, channels, H, W].
+
+    Raises:
+        UserError: If a file can't be decoded or read.
+    """
+    return _stored(files, image_size, channels, cache_dir, False, border)["images"]
+
+
+class FileSource(Source):
+    """Image files that are decoded each time that they are asked for: nothing is kept.
+
+    Args:
+        files: Which files, in any order.
+        image_size: Side in pixels; see `load`.
+        border: See `pixels`.
+        targets: Labels, where they are served; default: those of the files, on the CPU.
+    """
+
+    def __init__(
+        self, files: ImageFiles, image_size: int, border: float = 0.0, targets: Tensor | None = None
+    ) -> None:
+        self.files, self.image_size, self.border = files, image_size, border
+        labels = torch.tensor([entry.label for entry in files.entries], dtype=torch.int64)
+        self.targets = labels if targets is None else targets
+
+    def gather(self, index: Tensor) -> Tensor:
+        size = self.image_size, self.image_size
+        rows = index.tolist()
+        out = np.empty((len(rows), 3, *size), np.uint8)
+
+        def fill(place: int) -> None:
+            path = self.files.root / self.files.entries[rows[place]].name
+            found = _read(path, 3, size, self.border)
+            if isinstance(found, str):
+                raise UserError(f"{path} can't be decoded: {found}. Replace it.")
+            out[place] = found[0]
+
+        with ThreadPoolExecutor(available_cores()) as pool:
+            for _ in pool.map(fill, range(len(rows))):
+                pass
+        return torch.from_numpy(out).to(self.device, non_blocking=True)
+
+    def to(self, device: torch.device) -> Source:
+        if device == self.device:
+            return self
+        return FileSource(self.files, self.image_size, self.border, self.targets.to(device))
+
+
+def _stored(
+    files: ImageFiles,
+    image_size: int,
+    channels: int,
+    cache_dir: Path | None,
+    skip_corrupt: bool,
+    border: float = 0.0,
+) -> dict[str, NDArray[Any]]:
+    """What `decode` makes, from the cache folder."""
+    folder = cache_dir or cache.default_folder()
+    key = {
+        "version": _VERSION,
+        "files": files.fingerprint,
+        "image_size": image_size,
+        "channels": channels,
+        **({"border": border} if border else {}),
+        **_decoder(),
+    }
+
+    def make() -> dict[str, NDArray[Any]]:
+        with _room(folder) as room, counting(f"decoding {files.root.name}", "images") as tell:
+            made = decode(files, image_size, channels, room, tell, border)
+            _refuse(files, made, skip_corrupt)
+            return made
+
+    stored = cache.arrays(folder, "images", key, make)
+    _refuse(files, stored, skip_corrupt)
+    return stored
+
+
 def decode(
     files: ImageFiles,
     image_size: int,
     channels: int,
     room: Callable[[tuple[int, ...]], Pixels],
     tell: Callable[[int, int], None],
+    border: float = 0.0,
 ) -> dict[str, NDArray[Any]]:
     """Every file as pixels.
 
@@ -183,6 +264,7 @@ def decode(
         channels: See `load`.
         room: Makes the array to fill.
         tell: Told the number of files done and of all.
+        border: See `pixels`.
 
     Returns:
         images: uint8 [N, channels, H, W]; zeros where a file can't be decoded.
@@ -202,7 +284,7 @@ def decode(
 
     def fill(start: int) -> int:
         for i in range(start, min(start + _CHUNK, n)):
-            found = _read(paths[i], channels, (width, height))
+            found = _read(paths[i], channels, (width, height), border)
             if isinstance(found, str):
                 reasons[i] = found
             else:
@@ -273,13 +355,16 @@ def _first_size(paths: Sequence[Path]) -> tuple[int, int]:
     return 1, 1
 
 
-def _read(path: Path, channels: int, size: tuple[int, int] | None) -> tuple[Pixels, bool] | str:
+def _read(
+    path: Path, channels: int, size: tuple[int, int] | None, border: float = 0.0
+) -> tuple[Pixels, bool] | str:
     """Pixels [C, H, W] and whether they were resized; or why the file can't be decoded.
 
     Args:
         path: The file.
         channels: 3 or 1.
         size: Wanted (width, height); None: as it is.
+        border: See `pixels`.
     """
     from PIL import Image, ImageOps
 
@@ -299,9 +384,9 @@ def _read(path: Path, channels: int, size: tuple[int, int] | None) -> tuple[Pixe
         return f"{type(error).__name__}: {error}"[:_LONGEST] if data else "empty"
     other = size is not None and image.size != size
     if size is not None and other:
-        image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
-    pixels = np.asarray(image)
-    return (pixels.transpose(2, 0, 1) if channels == 3 else pixels[None]), other
+        image = ImageOps.fit(image, size, Image.Resampling.BICUBIC, border)
+    array = np.asarray(image)
+    return (array.transpose(2, 0, 1) if channels == 3 else array[None]), other
 
 
 def _source(images: Pixels, labels: torch.Tensor, large: bool) -> Source:
