@@ -1,0 +1,1 @@
+"""Language models that follow instructions: text in, text out, scored as text."""
