@@ -41,10 +41,13 @@ class Source(ABC):
     """A store of samples: where they lie is its own business.
 
     Attributes:
-        targets: Labels of all samples, [N] int64, on the device the source serves.
+        targets: Labels of all samples, [N] int64, on the device the source serves; [N, A] where a
+            sample has several.
+        lengths: How much of each sample is no padding, [N] int64, likewise; None: all of it.
     """
 
     targets: Tensor
+    lengths: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -142,6 +145,20 @@ class Samples:
         """The same selection served on `device`."""
         return Samples(self.source.to(device), self.index.to(device), self.transform)
 
+    def shuffled(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """A random order in which to cut batches: all positions, [N] int64.
+
+        Where samples differ in length, those in a batch are about as long as each other.
+
+        Args:
+            batch_size: Samples in a batch.
+            generator: On the device of the samples.
+        """
+        order = torch.randperm(len(self), generator=generator, device=self.index.device)
+        if self.source.lengths is None:
+            return order
+        return neighbours(order, self.source.lengths[self.index], batch_size, generator)
+
     def subset(self, positions: Tensor) -> Samples:
         """The samples at `positions` ([M] int64) of this selection."""
         return Samples(self.source, self.index[positions.to(self.index.device)], self.transform)
@@ -195,6 +212,36 @@ def concatenate(parts: Sequence[Samples]) -> Samples:
         raise ValueError("only selections of one source can be joined")
     index = torch.cat([part.index for part in parts])
     return Samples(parts[0].source, index, parts[0].transform)
+
+
+#: Batches among which samples are sorted by length.
+_WINDOW = 50
+
+
+def neighbours(
+    order: Tensor, lengths: Tensor, batch_size: int, generator: torch.Generator
+) -> Tensor:
+    """An order rearranged so that samples of similar length share a batch.
+
+    Every `_WINDOW` batches are sorted by length, ties in the given order, then all batches come in
+    a random order. What does not fill a batch stays at the end.
+
+    Args:
+        order: Positions in a random order, [N] int64.
+        lengths: Of each sample, [N] int64.
+        batch_size: Samples in a batch.
+        generator: On the device of the order.
+    """
+    count = len(order) // batch_size
+    whole, rest = order[: count * batch_size], order[count * batch_size :]
+    if not count:
+        return order
+    sorted_ = [
+        part[lengths[part].argsort(stable=True)] for part in whole.split(_WINDOW * batch_size)
+    ]
+    batches = torch.cat(sorted_).view(count, batch_size)
+    turn = torch.randperm(count, generator=generator, device=order.device)
+    return torch.cat((batches[turn].flatten(), rest))
 
 
 def class_balanced(

@@ -134,6 +134,21 @@ class Objective(ABC):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of a batch, a scalar."""
 
+    def predictions(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """What is predicted, a row for each label: for methods that compare outputs.
+
+        A classifier predicts one label for a sample, a language model as many as an answer has
+        tokens.
+
+        Args:
+            outputs: Of the model for a batch, [B, ..., C].
+            targets: Labels of the batch, as `Batch.targets`.
+
+        Returns:
+            [M, C] and [M]; `loss` of them is the loss of the batch.
+        """
+        return outputs, targets
+
     @abstractmethod
     def score(
         self,
@@ -151,7 +166,8 @@ class Objective(ABC):
             batch_size: Samples to predict at once.
 
         Returns:
-            One list per score, its first key the headline ("accuracy").
+            One list per score, its first key the headline ("accuracy"). "task_aware_accuracy"
+            has a matrix of its own in the result; what else there is goes to `Result.scores`.
         """
 
 
@@ -298,7 +314,7 @@ class Context:
         size = batch_size or self.scenario.batch_size
         shuffle, augment = self.generator("shuffle"), self.generator("augment")
         for _ in range(self.scenario.epochs if epochs is None else epochs):
-            order = torch.randperm(len(samples), generator=shuffle, device=self.device)
+            order = samples.shuffled(size, shuffle)
             for batch in samples.batches(order, size, augment):
                 yield batch
                 self.on_step(len(batch))
@@ -379,6 +395,8 @@ LOCATION: Mapping[str, Any] = {"identity": False}
 
 #: Settings in which labelled classes arrive and a classifier is scored.
 CLASSIFICATION = frozenset({Setting.CLASS_INCREMENTAL, Setting.DOMAIN_INCREMENTAL})
+#: Settings in which something to learn from arrives: for methods that ask no more than a loss.
+LABELLED = CLASSIFICATION | {Setting.INSTRUCTION_TUNING}
 
 
 def derive_seed(seed: int, purpose: str) -> int:

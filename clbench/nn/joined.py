@@ -20,6 +20,8 @@ class JoinedSource(Source):
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = tuple(sources)
         self.targets = torch.cat([source.targets for source in self.sources])
+        lengths = [source.lengths for source in self.sources if source.lengths is not None]
+        self.lengths = torch.cat(lengths) if len(lengths) == len(self.sources) else None
 
     def gather(self, index: Tensor) -> Tensor:
         parts, places, start = [], [], 0

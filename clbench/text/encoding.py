@@ -119,34 +119,42 @@ class Encoded:
         }
 
 
+def longest_answer(texts: Sequence[str], template: Template, tokenizer: Tokenizer) -> int:
+    """Tokens of the longest of some answers, the end token included."""
+    found = tokenizer.encode([template.answer(text) for text in sorted(set(texts))])
+    return max(map(len, found), default=0) + 1
+
+
 def encode(
     examples: Sequence[Example],
     template: Template,
     tokenizer: Tokenizer,
     context: int,
-    answer_length: int = 0,
+    answer_length: int,
 ) -> Encoded:
     """Examples as ids that fit into a model's context.
 
     An answer that is too long loses its end, and has no end token then: the model must not learn
-    to stop there. A prompt that is too long loses its beginning, but not its start token.
+    to stop there. A prompt that is too long loses its beginning, but not its start token. Every
+    prompt leaves room for the longest answer, so that an unknown one can be generated.
 
     Args:
         examples: At least one output each.
         template: How they become text.
         tokenizer: Makes ids of the text.
         context: Tokens that a model reads at most.
-        answer_length: Tokens of an answer at most, the end token included; 0: half of `context`.
+        answer_length: Tokens of an answer at most, the end token included.
 
     Raises:
         UserError: If an answer of that length leaves no room for a prompt.
     """
-    most = answer_length or max(1, context // 2)
     head = [] if tokenizer.start is None else [tokenizer.start]
-    if len(head) + 1 + most > context:
+    room = context - len(head) - answer_length
+    if room < 1:
         raise UserError(
-            f"scenario.answer_length={most} leaves no room for a prompt in a context of "
-            f"{context} tokens. Lower it, or take a model with a longer context."
+            f"Answers of {answer_length} tokens leave no room for a prompt in a context of "
+            f"{context} tokens. Set scenario.answer_length to less, or take a model with a longer "
+            "context."
         )
     texts = tokenizer.encode([template.of(example) for example in examples])
     told = tokenizer.encode([template.answer(example.outputs[0]) for example in examples])
@@ -154,13 +162,12 @@ def encode(
     cut_prompts = cut_answers = 0
     for prompt, answer in zip(texts, told, strict=True):
         whole = [*answer, tokenizer.end]
-        room = context - len(head) - min(len(whole), most)
         cut_prompts += len(prompt) > room
-        cut_answers += len(whole) > most
+        cut_answers += len(whole) > answer_length
         # A model needs something to read: a lone end token says "nothing before this".
         body = prompt[-room:] if prompt or head else [tokenizer.end]
         prompts.append(head + body)
-        answers.append(whole[:most])
+        answers.append(whole[:answer_length])
     return Encoded(prompts, answers, cut_prompts, cut_answers)
 
 
@@ -217,7 +224,7 @@ class TextSource(TensorSource):
         targets = padded(encoded.answers, answer_length, IGNORED)
         super().__init__(inputs.to(torch.int32), targets)
         self.prompt_lengths = torch.tensor([len(prompt) for prompt in encoded.prompts])
-        self.lengths = encoded.lengths()
+        self.lengths: Tensor = encoded.lengths()
         self.examples, self.tasks, self.task_of = examples, tasks, tuple(task_of)
         self.tokenizer, self.template = tokenizer, template
 

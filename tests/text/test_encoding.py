@@ -30,7 +30,7 @@ def ids(text: str) -> list[int]:
 
 
 def source(*examples: Example, width: int = 20, answer_length: int = 6) -> TextSource:
-    encoded = encode(examples, PLAIN, Bytes(), 64)
+    encoded = encode(examples, PLAIN, Bytes(), 64, answer_length)
     return TextSource(
         encoded, width, answer_length, examples, [Task("t")], [0] * len(examples), Bytes(), PLAIN
     )
@@ -51,12 +51,12 @@ def test_targets_are_the_answer_and_the_end_token_and_nothing_else() -> None:
 def test_an_empty_answer_is_its_end_token() -> None:
     made = source(Example("say", "nothing", ("",)))
     assert made.targets[0].tolist() == [END] + [IGNORED] * 5
-    spaced = encode([Example("a", "", ("",))], Template(separator=" "), Bytes(), 64)
+    spaced = encode([Example("a", "", ("",))], Template(separator=" "), Bytes(), 64, 4)
     assert spaced.answers == [[END]]
 
 
 def test_a_prompt_that_is_too_long_loses_its_beginning_and_keeps_its_answer() -> None:
-    encoded = encode([Example("up", "abcdefgh", ("XYZ",))], PLAIN, Bytes(), 12)
+    encoded = encode([Example("up", "abcdefgh", ("XYZ",))], PLAIN, Bytes(), 12, 4)
     assert encoded.prompts == [[START, *ids("bcdefgh=")[-7:]]]
     assert encoded.answers == [[*ids("XYZ"), END]]
     assert (encoded.cut_prompts, encoded.cut_answers) == (1, 0)
@@ -70,14 +70,14 @@ def test_an_answer_that_is_too_long_has_no_end_token() -> None:
 
 
 def test_an_answer_may_not_take_the_whole_context() -> None:
-    with pytest.raises(UserError, match=r"answer_length=11 leaves no room for a prompt"):
+    with pytest.raises(UserError, match=r"Answers of 11 tokens leave no room for a prompt"):
         encode([Example("up", "ab", ("AB",))], PLAIN, Bytes(), 12, answer_length=11)
 
 
 def test_a_model_without_start_token_still_has_something_to_read() -> None:
     headless: Any = Bytes()
     headless.start = None
-    encoded = encode([Example("", "", ("x",))], Template("{instruction}"), headless, 8)
+    encoded = encode([Example("", "", ("x",))], Template("{instruction}"), headless, 8, 4)
     assert encoded.prompts == [[END]]
 
 
