@@ -32,9 +32,9 @@ class CoTTA(GradientAdaptation):
         z = teacher(x) if the anchor's confidence, the mean of its largest probabilities, is at
             least `confidence_threshold`; else the mean of the teacher's logits for `views`
             random views of the batch (see `CoTTAViews`)
-        θ ← a step on −Σ softmax(z) ln student(x)                                  (equation 5)
-        θ' ← m θ' + (1 − m) θ                                                      (equation 2)
-        θ ← M∘θ₀ + (1 − M)∘θ,  each element of M being 1 with a probability        (equation 8)
+        θ ← a step on −Σ softmax(z) ln student(x)
+        θ' ← m θ' + (1 − m) θ
+        θ ← M∘θ₀ + (1 − M)∘θ,  each element of M being 1 with a probability
 
     Scored is z. `predict` answers with the teacher, without views. All weights and biases are
     trained. The threshold is a decision for which a GPU is waited for, once per batch.

@@ -34,8 +34,8 @@ class RoTTA(GradientAdaptation):
     which moves the statistics of both:
 
         w_i = exp(−a_i) / (1 + exp(−a_i)),  a_i the age as a part of the memory's size
-        θ ← a step on mean_i w_i CE(teacher(x_i), student(view of x_i))       (equations 7 to 9)
-        θ' ← (1 − nu) θ' + nu θ                                                (equation 6)
+        θ ← a step on mean_i w_i CE(teacher(x_i), student(view of x_i))
+        θ' ← (1 − nu) θ' + nu θ
 
     Scored is the teacher's answer to a batch, before the batch is offered to the memory; a batch
     may see several updates. `predict` answers with the teacher, too. Trained are scales and shifts

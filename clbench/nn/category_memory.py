@@ -22,7 +22,7 @@ class CategoryMemory:
     """Category-balanced sampling with timeliness and uncertainty, as in RoTTA.
 
     Yuan et al. 2023, "Robust Test-Time Adaptation in Dynamic Scenarios", CVPR, arXiv 2303.13899,
-    section 3.3. Each class has a share of size / n_classes places. How little a sample is worth:
+    and its code. Each class has a share of size / n_classes places. How little a sample is worth:
 
         timeliness / (1 + exp(−age / size)) + uncertainty · entropy / ln n_classes
 
