@@ -229,6 +229,52 @@ def summary(
     )
 
 
+def zero_shot_accuracy(matrix: Matrix) -> float | None:
+    """Mean accuracy on an experience just before it is learned: (1/(T−1)) Σ_{i≥2} R_{i−1,i}.
+
+    Range [0, 1], higher is better. None for T = 1 and where those cells are null.
+    Source: CITB (Zhang et al. 2023, arXiv:2310.14510), whose forward transfer this is.
+    """
+    return _mean(_accuracies(matrix).diagonal(1))
+
+
+def instruction_summary(
+    matrix: Matrix, scores: Mapping[str, Matrix], general: Mapping[str, Any]
+) -> dict[str, float | None]:
+    """Metrics of a run of continual instruction tuning, beside those of its accuracy matrix.
+
+    - `trace_backward_transfer`: as TRACE (Wang et al. 2023, arXiv:2310.06762) defines it: divided
+      by T, not by T−1. TRACE's overall performance is `average_accuracy`.
+    - `zero_shot_accuracy`: see there.
+    - `answer_accuracy`, `answer_forgetting`: final mean and `forgetting` of content alone,
+      whatever the form of an answer: essential forgetting.
+    - `format_error_rate`: final share of answers without the form that is asked for, in [0, 1],
+      lower is better.
+    - `general_accuracy`: on what the model was taught before the stream, after the last
+      experience; `general_change`: that minus the same before the stream, in [−1, 1], higher is
+      better.
+
+    Args:
+        matrix: (T, T) scores of the tasks.
+        scores: Matrices "answer" and "format", like it.
+        general: See `clbench.retention.Retention.record`.
+    """
+    content, form = scores.get("answer", []), scores.get("format", [])
+    formed = average_accuracy(form)
+    before = general.get("before", {}).get("accuracy")
+    after = general.get("after", {}).get("accuracy", [])
+    last = after[-1] if after else None
+    return {
+        "trace_backward_transfer": _backward_transfer_gem_code(matrix),
+        "zero_shot_accuracy": zero_shot_accuracy(matrix),
+        "answer_accuracy": average_accuracy(content),
+        "answer_forgetting": forgetting(content),
+        "format_error_rate": None if formed is None else 1 - formed,
+        "general_accuracy": last,
+        "general_change": None if last is None or before is None else last - before,
+    }
+
+
 def min_accuracy(evaluations: Sequence[Evaluation]) -> float | None:
     """How far old experiences fell: (1/(k−1)) Σ_{i<k} min_{end(i)<n≤t} A(E_i, f_n).
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from clbench import machine
 from clbench.errors import Diverged, UserError
-from clbench.samples import Batch, Samples
+from clbench.retention import Predict, Retention
+from clbench.samples import Samples
 from clbench.types import Context, Strategy, Stream
 
 #: Equal intervals of confidence that the calibration error compares (Guo et al. 2017, 1706.04599).
@@ -94,27 +95,18 @@ class Online:
         device, n_outputs = context.device, stream.n_outputs
         self.by_domain = Tally(len(stream.domains), n_outputs, device)
         self.by_experience = Tally(len(stream.experiences), n_outputs, device)
+        self.retention = Retention(stream, context, self.batch_size)
         self.source_model: dict[str, Any] = {}
-        self.source_accuracy: list[float] = []
 
     def look(self, model: nn.Module) -> None:
         """What the model can do, and how fast it is, before a strategy gets it."""
-        model.eval()
-
-        @torch.inference_mode()
-        def predict(batch: Batch) -> Tensor:
-            with self.context.autocast():
-                outputs: Tensor = model(batch.inputs)
-            return outputs.float()
-
-        experiences, tests = self.stream.experiences, self.stream.tests
-        objective = self.context.objective
-        scores = objective.score(predict, tests, experiences, self.batch_size) if tests else {}
-        first = self.stream.arrivals[0].samples
+        predict = self.retention.look(model)
         self.source_model = {
-            "accuracies": scores.get("accuracy", []),
-            "source_accuracy": self._on_source(predict),
-            "seconds_per_sample": self._seconds_per_sample(predict, first),
+            "accuracies": self.retention.tests_before.get("accuracy", []),
+            "source_accuracy": self.retention.before.get("accuracy"),
+            "seconds_per_sample": self._seconds_per_sample(
+                predict, self.stream.arrivals[0].samples
+            ),
         }
 
     def begin(self) -> None:
@@ -159,10 +151,12 @@ class Online:
 
     def snapshot(self) -> None:
         """How well the strategy does on the clean source now."""
-        with torch.inference_mode():
-            accuracy = self._on_source(self.strategy.predict)
-        if accuracy is not None:
-            self.source_accuracy.append(accuracy)
+        self.retention.measure(self.strategy.predict)
+
+    @property
+    def source_accuracy(self) -> list[float]:
+        """Of the strategy on the clean source: before the stream, then after each experience."""
+        return self.retention.after.get("accuracy", [])
 
     def record(self) -> dict[str, Any]:
         """The "online" part of a result, plain data.
@@ -196,7 +190,7 @@ class Online:
             "domain": dict(vars(self.by_domain)),
             "experience": dict(vars(self.by_experience)),
             "source_model": self.source_model,
-            "source_accuracy": self.source_accuracy,
+            "retention": self.retention.record(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -205,16 +199,9 @@ class Online:
             for name, value in vars(tally).items():
                 value.copy_(state[key][name])
         self.source_model = dict(state["source_model"])
-        self.source_accuracy = list(state["source_accuracy"])
+        self.retention.load_record(state["retention"])
 
-    def _on_source(self, predict: Callable[[Batch], Tensor]) -> float | None:
-        test = self.stream.source_test
-        if test is None:
-            return None
-        one = self.stream.experiences[:1]
-        return self.context.objective.score(predict, [test], one, self.batch_size)["accuracy"][0]
-
-    def _seconds_per_sample(self, predict: Callable[[Batch], Tensor], samples: Samples) -> float:
+    def _seconds_per_sample(self, predict: Predict, samples: Samples) -> float:
         """Of plain inference on a few batches, after one to warm up."""
         device = self.context.device
         count = min(len(samples), self.batch_size * _TIMED_BATCHES)

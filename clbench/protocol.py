@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -16,7 +17,8 @@ from clbench.errors import Diverged, UserError
 from clbench.online import Online
 from clbench.passes import BACKWARD, FORWARD, Passes
 from clbench.progress import Progress, Silent
-from clbench.results import Result, RunFolder, run_id
+from clbench.results import Matrix, Result, RunFolder, run_id
+from clbench.retention import Retention
 from clbench.state import capture, restore
 from clbench.types import Context, Experience, Scenario, Setting, Split, Strategy, require
 
@@ -243,9 +245,15 @@ class _Loop:
             on_step=self._on_step,
         )
         self.online: Online | None = None
+        self.retention: Retention | None = None
         if self.stream.arrivals:
             self.online = Online(self.stream, self.strategy, self.context)
             self.online.look(model)
+        elif self.stream.source_test is not None:
+            size = self.conditions.evaluate_batch_size
+            self.retention = Retention(self.stream, self.context, size)
+            with self._scoring():
+                self.retention.look(model)
         with machine.isolated_rng(self.conditions.seed, "setup"):
             self.strategy.setup(model, self.context)
         if self.online:
@@ -292,17 +300,34 @@ class _Loop:
         scores = self._scores(upto)
         if self.online:
             self.online.snapshot()
+        if self.retention:
+            with self._scoring():
+                self.retention.measure(self.strategy.predict)
         unknown = [None] * (len(self.stream.tests) - upto)
-        self.result.accuracy_matrix.append([*scores["accuracy"], *unknown])
-        if "task_aware_accuracy" in scores:
-            row = [*scores["task_aware_accuracy"], *unknown]
-            self.result.task_aware_accuracy_matrix.append(row)
+        for name, matrix in self._matrices(scores).items():
+            matrix.append([*scores[name], *unknown])
         self.costs["evaluate_seconds"] += time.perf_counter() - began
         met = scores["accuracy"][: experience.index + 1]
         summary = f"average accuracy {sum(met) / len(met):.3f} over {len(met)}"
         self.progress.finish(summary)
         if self.folder:
             self.folder.log(f"experience {experience.index + 1}: {summary}")
+
+    def _matrices(self, scores: Mapping[str, Any]) -> Mapping[str, Matrix]:
+        """Where the rows of each score go."""
+        known = {
+            "accuracy": self.result.accuracy_matrix,
+            "task_aware_accuracy": self.result.task_aware_accuracy_matrix,
+        }
+        more = self.result.scores
+        return {n: known[n] if n in known else more.setdefault(n, []) for n in scores}
+
+    @contextmanager
+    def _scoring(self) -> Iterator[None]:
+        """Whatever happens here costs no training and leaves no trace in random numbers."""
+        rng = machine.isolated_rng(self.conditions.seed, "score")
+        with torch.inference_mode(), rng, self.passes.counting(False):
+            yield
 
     def _scores(self, upto: int, at_most: int = 0) -> Mapping[str, list[float]]:
         tests = list(self.stream.tests[:upto])
@@ -314,8 +339,7 @@ class _Loop:
         # What normalises with the statistics of a batch is scored on batches as they arrive.
         size = self.conditions.evaluate_batch_size
         size = self.scenario.batch_size if self.online else size
-        rng = machine.isolated_rng(self.conditions.seed, "score")
-        with torch.inference_mode(), rng, self.passes.counting(False):
+        with self._scoring():
             return self.objective.score(
                 self.strategy.predict, tests, self.stream.experiences[:upto], size
             )
@@ -353,6 +377,8 @@ class _Loop:
             "online": self.online.state_dict() if self.online else None,
             "accuracy_matrix": self.result.accuracy_matrix,
             "task_aware_accuracy_matrix": self.result.task_aware_accuracy_matrix,
+            "scores": self.result.scores,
+            "retention": self.retention.record() if self.retention else None,
             "evaluations": self.result.evaluations,
         }
         checkpoint.save(self.folder.checkpoint, content)
@@ -366,10 +392,13 @@ class _Loop:
         self.costs.update(saved["costs"])
         self.result.accuracy_matrix = saved["accuracy_matrix"]
         self.result.task_aware_accuracy_matrix = saved["task_aware_accuracy_matrix"]
+        self.result.scores = saved["scores"]
         self.result.evaluations = saved["evaluations"]
         restore(self.strategy, saved["strategy"])
         if self.online:
             self.online.load_state_dict(saved["online"])
+        if self.retention:
+            self.retention.load_record(saved["retention"])
         for key, state in saved["generators"].items():
             purpose, _, kind = key.rpartition("@")
             self.context.generator(purpose, torch.device(kind)).set_state(state.cpu())
@@ -382,8 +411,15 @@ class _Loop:
         """Metrics, what the strategy found out, and the remaining costs."""
         self.result.strategy_facts = dict(self.strategy.facts())
         sizes = self.result.test_sizes
+        general = self.retention.record() if self.retention else {}
+        baseline = general.get("tests_before", {}).get("accuracy")
         if self.result.accuracy_matrix:
-            self.result.metrics = metrics.summary(self.result.accuracy_matrix, sizes)
+            self.result.metrics = metrics.summary(self.result.accuracy_matrix, sizes, baseline)
+        if self.scenario.setting is Setting.INSTRUCTION_TUNING:
+            self.result.general = general
+            self.result.metrics |= metrics.instruction_summary(
+                self.result.accuracy_matrix, self.result.scores, general
+            )
         if self.result.task_aware_accuracy_matrix:
             self.result.task_aware_metrics = metrics.summary(
                 self.result.task_aware_accuracy_matrix, sizes

@@ -42,6 +42,9 @@ class Result:
         metrics: Of `accuracy_matrix`, see `clbench.metrics`.
         task_aware_metrics: Of `task_aware_accuracy_matrix`.
         evaluations: Within experiences, if asked for: step, experience, accuracies.
+        scores: Further matrices like `accuracy_matrix`, by the name of the score.
+        general: Where the model was taught something before the stream: scores on that, before
+            and after each experience; see `clbench.retention`.
         online: Of test-time adaptation: answers as the samples arrived; see `clbench.online`.
         costs: Seconds, samples, bytes, parameters.
         environment: Versions and device.
@@ -61,6 +64,8 @@ class Result:
     metrics: dict[str, float | None] = field(default_factory=dict)
     task_aware_metrics: dict[str, float | None] = field(default_factory=dict)
     evaluations: list[Evaluation] = field(default_factory=list)
+    scores: dict[str, Matrix] = field(default_factory=dict)
+    general: dict[str, Any] = field(default_factory=dict)
     online: dict[str, Any] = field(default_factory=dict)
     costs: dict[str, float | int | None] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
