@@ -108,9 +108,10 @@ class SLCA(GradientStrategy):
         return optimizer
 
     def forward(self, inputs: Tensor) -> Tensor:
-        head = self._head if self._learning else self.aligned
+        if self._learning:
+            return super().forward(inputs)
         with self.context.autocast():
-            outputs: Tensor = head(self._features(inputs))
+            outputs: Tensor = self.aligned(self._features(inputs))
         return outputs.float()
 
     def loss(self, batch: Batch) -> Tensor:

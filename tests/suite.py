@@ -12,6 +12,11 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from clbench import userspace
+from clbench.config import build
+from clbench.errors import UserError
+from clbench.testing import ToyScenario
+from clbench.training import GradientStrategy
+from clbench.types import Strategy
 
 #: Arguments of the command line in, what a process would leave out.
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -29,6 +34,22 @@ def composed(*overrides: str) -> dict[str, Any]:
 def configured(group: str) -> list[str]:
     """Every choice of a group of the suite's configuration."""
     return sorted(file.stem for file in (userspace.configuration() / group).glob("*.yaml"))
+
+
+def gradient_bases() -> list[str]:
+    """Strategies of the suite that can be wrapped on a model that starts untrained."""
+    return [name for name in configured("strategy") if _can_be_wrapped(name)]
+
+
+def _can_be_wrapped(name: str) -> bool:
+    strategy = build(composed(f"strategy={name}")["strategy"], Strategy, "strategy")
+    if not isinstance(strategy, GradientStrategy) or strategy.revisits:
+        return False
+    try:
+        strategy.check(ToyScenario())
+    except UserError:
+        return False
+    return True
 
 
 def write_all(folder: Path, files: Mapping[str, str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from suite import composed, configured
+from suite import composed, gradient_bases
 from torch import Tensor, nn
 
 from clbench.config import build
@@ -18,7 +18,6 @@ from clbench.errors import UserError
 from clbench.nn.partition import Matrix, Part, partition
 from clbench.testing import ToyScenario
 from clbench.training import GradientStrategy
-from clbench.types import Strategy
 from strategies.agem import AGEM
 from strategies.derpp import DERpp
 from strategies.ewc import EWC
@@ -280,17 +279,7 @@ def test_all_trained_it_is_its_base_bit_for_bit(
     assert not same_weights(whole.model, one.learned(HFT(base=base)).model)
 
 
-def bases() -> list[str]:
-    """Every strategy of the suite that can be one."""
-    found = []
-    for name in configured("strategy"):
-        strategy = build(composed(f"strategy={name}")["strategy"], Strategy, "strategy")
-        if isinstance(strategy, GradientStrategy) and not strategy.revisits:
-            found.append(name)
-    return found
-
-
-@pytest.mark.parametrize("name", bases())
+@pytest.mark.parametrize("name", gradient_bases())
 def test_around_any_gradient_strategy(bench: Make, name: str) -> None:
     node = composed("strategy=hft", f"strategy@strategy.base={name}")["strategy"]
     hft = build(node, HFT, "strategy")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from suite import composed, configured
+from suite import composed, gradient_bases
 from torch import Tensor, nn
 
 from clbench.config import build
@@ -18,7 +18,6 @@ from clbench.nn.transforms import Identity
 from clbench.samples import Batch, Samples, TensorSource
 from clbench.testing import ToyScenario
 from clbench.training import GradientStrategy
-from clbench.types import Strategy
 from strategies.derpp import DERpp
 from strategies.finetune import Finetune
 from strategies.replay import Replay
@@ -274,17 +273,7 @@ def test_no_augmentation_leaves_all_views_alike(bench: Make) -> None:
         assert torch.equal(batch.inputs, method.context.transform.test(batch.raw))
 
 
-def bases() -> list[str]:
-    """Every strategy of the suite that can be one."""
-    found = []
-    for name in configured("strategy"):
-        strategy = build(composed(f"strategy={name}")["strategy"], Strategy, "strategy")
-        if isinstance(strategy, GradientStrategy) and not strategy.revisits:
-            found.append(name)
-    return found
-
-
-@pytest.mark.parametrize("name", bases())
+@pytest.mark.parametrize("name", gradient_bases())
 def test_around_any_gradient_strategy(bench: Make, name: str) -> None:
     """The outputs that are distilled are those of the arriving batch, whatever is replayed."""
     node = composed("strategy=view_batch", f"strategy@strategy.base={name}")["strategy"]
