@@ -92,7 +92,8 @@ def identify(
     chosen = {"scenario": options(scenario), "strategy": options(strategy)}
     names = names or Names(type(scenario).__name__.lower(), type(strategy).__name__.lower())
     label = ".".join(filter(None, (names.strategy, names.base)))
-    identity = {**chosen, "data": dict(scenario.fingerprint()), **conditions.identity()}
+    data = dict(scenario.fingerprint())
+    identity = {**chosen, "data": data, **conditions.identity()}
     if tuned is not None:
         identity["tuned"] = dict(tuned)
     return {
@@ -105,6 +106,7 @@ def identify(
         "seed": conditions.seed,
         "precision": conditions.precision,
         "options": chosen,
+        "data": data,
         "tuned": None if tuned is None else dict(tuned),
     }
 

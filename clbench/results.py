@@ -34,7 +34,7 @@ class Result:
     """What a run leaves behind; `result.json` is its JSON.
 
     Attributes:
-        run: What was run: run_id, scenario, strategy, base, setting, split, seed, options.
+        run: What was run: run_id, scenario, strategy, base, setting, split, seed, options, data.
         experiences: Their names.
         test_sizes: Test samples of each experience.
         accuracy_matrix: [i][j]: accuracy after experience i on experience j; None: not measured.
@@ -258,7 +258,8 @@ def read(root: str | Path = "results") -> pd.DataFrame:
         "budget.<name>", what that search was allowed; `pretrained`, whether the model began
         trained; `benchmark`, the version of the suite's numbers; every metric; every cost;
         task-aware metrics with the prefix "task_aware_"; options as "scenario.<name>" and
-        "strategy.<name>"; device, threads and code; `reason`; `path`.
+        "strategy.<name>", what identifies the data as "data.<name>"; device, threads and code;
+        `reason`; `path`.
         Runs that did not complete keep their row, with empty metrics. A file that is no result
         of this schema is a row with status "unreadable".
 
@@ -297,9 +298,9 @@ def _ended(path: Path, result: Result) -> dict[str, Any]:
     identity = {
         "run_id": run.get("run_id", path.name),
         "status": result.status,
-        **_flat({name: run[name] for name in known if name in run}),
-        **_flat({"tuned": tuned.pop("protocol", None), "study": tuned.pop("study", None)}),
-        **_flat(tuned, "budget."),
+        **flat({name: run[name] for name in known if name in run}),
+        **flat({"tuned": tuned.pop("protocol", None), "study": tuned.pop("study", None)}),
+        **flat(tuned, "budget."),
         "pretrained": _starts_trained(result.scenario_facts),
         "benchmark": result.benchmark,
     }
@@ -311,7 +312,8 @@ def _ended(path: Path, result: Result) -> dict[str, Any]:
     return {
         **identity,
         **{name: value for name, value in numbers.items() if name not in identity},
-        **_flat(run.get("options", {})),
+        **flat(run.get("options", {})),
+        **flat(run.get("data", {}), "data."),
         **{k: result.environment.get(k) for k in ("device", "threads", "code")},
         "reason": result.reason,
         "path": str(path),
@@ -325,12 +327,12 @@ def _starts_trained(facts: Mapping[str, Any]) -> bool | None:
     return facts["backbone"].get("weights") is not None or "source_model_sha256" in facts
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested options as dotted names; lists as their JSON text, so that they can be keys."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = json.dumps(value) if isinstance(value, list) else value
-    return flat
+            found[f"{prefix}{key}"] = json.dumps(value) if isinstance(value, list) else value
+    return found

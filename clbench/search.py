@@ -159,6 +159,27 @@ def hopeless(space: Space, so_far: Sequence[Outcome], scores: Sequence[float]) -
         return bool(trial.should_prune())
 
 
+def importances(space: Space, outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Share of the variance of scores that each hyper-parameter explains alone, largest first.
+
+    Optuna's evaluator: functional analysis of variance on a random forest (Hutter et al. 2014),
+    seeded.
+
+    Raises:
+        UserError: If the outcomes do not fit the space, or all scores are alike.
+    """
+    import optuna
+
+    with _quiet():
+        try:
+            study = rebuilt(space, outcomes)
+            evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+            found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise UserError(f"No hyper-parameter has an importance: {error}") from error
+    return {name: float(value) for name, value in found.items()}
+
+
 def value_at(node: Mapping[str, Any], name: str) -> Any:
     """The hyper-parameter with a dotted name.
 

@@ -6,6 +6,7 @@ interval, and a test that could not reject whatever the scores says so instead o
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -93,10 +94,21 @@ def interval(
     if method == "bootstrap":
         low, high = _percentiles(values, lambda x: x.mean(-1), confidence, seed)
         return Interval(mean, low, high, n)
+    half = half_width(n, confidence) * float(values.std(ddof=1))
+    return Interval(mean, mean - half, mean + half, n)
+
+
+@functools.cache
+def half_width(count: int, confidence: float = 0.95) -> float:
+    """t/√n of Student's distribution, NaN for fewer than two scores.
+
+    Times the sample standard deviation of so many scores it is half of `interval`'s length.
+    """
     from scipy import stats
 
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * values.std(ddof=1) / math.sqrt(n))
-    return Interval(mean, mean - half, mean + half, n)
+    if count < 2:
+        return math.nan
+    return float(stats.t.ppf((1 + confidence) / 2, count - 1) / math.sqrt(count))
 
 
 def interquartile_mean(scores: ArrayLike) -> float | None:

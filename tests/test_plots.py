@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from clbench.errors import UserError
-from clbench.plots import contact_sheet, sensitivity
+from clbench.plots.modules import sensitivity
+from clbench.plots.sheets import contact_sheet
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -1,0 +1,1 @@
+"""Figures: what is known in, a matplotlib figure out; nothing here reads, writes or shows."""
