@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clbench.errors import UserError as UserError
+    from clbench.from_python import run as run
     from clbench.protocol import Conditions as Conditions
-    from clbench.protocol import run as run
     from clbench.results import Result as Result
     from clbench.results import read as read
 
@@ -17,7 +17,7 @@ _PUBLIC = {
     "Result": "clbench.results",
     "UserError": "clbench.errors",
     "read": "clbench.results",
-    "run": "clbench.protocol",
+    "run": "clbench.from_python",
 }
 __all__ = sorted(_PUBLIC)
 

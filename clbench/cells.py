@@ -46,10 +46,14 @@ class Cell:
         """
         scenario = config.build(self.composed["scenario"], Scenario, "scenario")
         strategy = config.build(self.composed["strategy"], Strategy, "strategy")
+        self.check(scenario, strategy)
+        return scenario, strategy
+
+    def check(self, scenario: Scenario, strategy: Strategy) -> None:
+        """Refuses parts that can't work together, or can't work here."""
         machine.choose_device(self.conditions.device)
         strategy.check(scenario)
         scenario.check(self.conditions.split)
-        return scenario, strategy
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,16 @@ def execute(
         UserError: If the cell can't work, another process has it, or the disk refuses.
     """
     scenario, strategy = cell.build()
+    return perform(scenario, strategy, cell, progress)
+
+
+def perform(
+    scenario: Scenario,
+    strategy: Strategy,
+    cell: Cell,
+    progress: Callable[[], AbstractContextManager[Progress]] | None = None,
+) -> Ended:
+    """`execute` for a cell whose parts are built."""
     identity = protocol.identify(scenario, strategy, cell.conditions, cell.names, cell.tuned)
     folder = RunFolder(cell.results_dir, identity["run_id"])
     with folder.claim():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -16,12 +15,13 @@ import hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from clbench import userspace
+from clbench.composing import GROUPS, explained
 from clbench.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 #: Exit codes: a mistake to mend; a run that did not complete.
 MISTAKE, INCOMPLETE, INTERRUPTED = 2, 1, 130
-#: Parts of a run that are chosen by name, each a folder of conf/.
-GROUPS = ("scenario", "strategy", "backbone", "budget")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +83,8 @@ def _guarded(action: Callable[[], int]) -> int:
         return action()
     except UserError as error:
         message = str(error)
-    except MissingConfigException as error:
-        message = _unknown_choice(error)
     except (HydraException, OmegaConfBaseException) as error:
-        message = _composition(error)
+        message = explained(error, sys.argv[1:])
     except ValueError as error:  # Hydra's own for scenario=null
         if "Config group override" not in str(error):
             raise
@@ -118,54 +114,6 @@ def _append_to_search_path(folder: Path) -> None:
             search_path.append(provider="user", path=f"file://{folder}")
 
     Plugins.instance().register(UserConfiguration)
-
-
-def _unknown_choice(error: MissingConfigException) -> str:
-    """ "strategy/ewcc" to "No strategy 'ewcc'. Did you mean 'ewc'? ..."."""
-    group, _, name = (error.missing_cfg_file or "").rpartition("/")
-    if not group:
-        return str(error).splitlines()[0]
-    return f"No {group} '{name}'. {did_you_mean(name, error.options or ())}"
-
-
-def _composition(error: Exception) -> str:
-    """Hydra's message; for a key that does not exist, ours with the nearest one."""
-    text = str(error)
-    unknown = re.search(r"Could not (?:override|append).*?'([^'=]+)", text)
-    if unknown and "@" in unknown[1]:
-        return f"There is nothing to choose at '{unknown[1]}': the chosen strategy wraps no other."
-    if unknown:
-        known = _known()
-        key = unknown[1].lstrip("+~")
-        if key not in known:
-            group = key.rpartition(".")[0]
-            siblings = [k for k in known if k.rpartition(".")[0] == group]
-            return f"No option '{key}'. {did_you_mean(key, siblings or known)}"
-    if isinstance(error, OverrideParseException):
-        return f"Can't read '{error.override}'. An option is written key=value; --help lists them."
-    if isinstance(error, OmegaConfBaseException) and error.full_key:
-        return f"{error.full_key}: {text.splitlines()[0]}."
-    return "\n".join(line for line in text.splitlines() if "HYDRA_FULL_ERROR" not in line).strip()
-
-
-def _known() -> list[str]:
-    """Every option of the scenario and the strategy on the command line."""
-    from hydra import compose, initialize_config_dir
-
-    pairs = [argument.lstrip("+").partition("=") for argument in sys.argv[1:]]
-    chosen = [
-        f"{key}={value.split(',')[0]}"
-        for key, _, value in pairs
-        if value and key.partition("@")[0] in GROUPS
-    ]
-    with initialize_config_dir(str(userspace.configuration()), version_base="1.3"):
-        return _paths(OmegaConf.to_container(compose("config", chosen), resolve=False))
-
-
-def _paths(tree: Any, prefix: str = "") -> list[str]:
-    if not isinstance(tree, dict):
-        return []
-    return [p for k, v in tree.items() for p in (f"{prefix}{k}", *_paths(v, f"{prefix}{k}."))]
 
 
 def _job(cfg: DictConfig) -> int:
