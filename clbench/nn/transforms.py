@@ -92,3 +92,18 @@ class ImageTransform(Transform):
             windows = padded.unfold(2, height, 1).unfold(3, width, 1)
             raw = windows[batch, :, shift[0], shift[1]]
         return raw
+
+
+class AsStored(ImageTransform):
+    """Floats that are model inputs already, with random crops and mirror images in training.
+
+    Args:
+        crop_padding: Zeros put round the image before a crop of its own size; 0: no crop.
+        flip: Mirror half of the images left to right.
+    """
+
+    def __init__(self, crop_padding: int = 0, flip: bool = False) -> None:
+        super().__init__((0.0,), (1.0,), crop_padding, flip)
+
+    def test(self, raw: Tensor) -> Tensor:
+        return raw
