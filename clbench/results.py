@@ -86,6 +86,33 @@ class Result:
         rows = re.compile(r"\[\n\s*((?:-?[\d.eE+-]+|null)(?:,\s+(?:-?[\d.eE+-]+|null))*)\s+\]")
         return rows.sub(lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text) + "\n"
 
+    def frame(self) -> pd.DataFrame:
+        """The accuracy matrices as a table, which can be joined to those of other runs.
+
+        Returns:
+            One row for every measured entry: scenario, strategy, base, seed; `learned`, the
+            experience after which, and `tested`, the one on which, as numbers from 0; the name of
+            the latter as `experience`; `accuracy`, and `task_aware_accuracy` where it is known.
+        """
+        import pandas as pd
+
+        run = {name: self.run.get(name) for name in ("scenario", "strategy", "base", "seed")}
+        aware = self.task_aware_accuracy_matrix
+        rows = [
+            {
+                **run,
+                "learned": i,
+                "tested": j,
+                "experience": self.experiences[j],
+                "accuracy": value,
+                **({"task_aware_accuracy": aware[i][j]} if aware else {}),
+            }
+            for i, row in enumerate(self.accuracy_matrix)
+            for j, value in enumerate(row)
+            if value is not None
+        ]
+        return pd.DataFrame(rows)
+
     @staticmethod
     def from_json(text: str) -> Result:
         """Reads `result.json`.

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 from suite import Command, write_all
 
@@ -90,6 +92,20 @@ def test_a_run_that_is_there_is_read_unless_forced(work: Path) -> None:
     assert run(TOY, Learner(), threads=1, results_dir=work) == first
     forced = run(TOY, Learner(), threads=1, results_dir=work, force=True)
     assert forced.costs["train_seconds"] != first.costs["train_seconds"]
+
+
+def test_a_result_is_a_table_too() -> None:
+    """One row an entry of the matrix; tables of several runs are joined and pivoted."""
+    results = [run(TOY, Learner(), seed, threads=1) for seed in (0, 1)]
+    frame = pd.concat([result.frame() for result in results])
+    assert len(frame) == 2 * 6
+    for result in results:
+        mine = frame[frame.seed == result.run["seed"]].pivot(index="learned", columns="tested")
+        for name in ("accuracy", "task_aware_accuracy"):
+            expected = pd.DataFrame(vars(result)[f"{name}_matrix"], dtype=float)
+            assert np.array_equal(mine[name].to_numpy(), expected.to_numpy(), equal_nan=True)
+    assert set(frame.experience) == {name for r in results for name in r.experiences}
+    assert set(frame.strategy) == {"learner"}
 
 
 @pytest.mark.usefixtures("work")
