@@ -59,6 +59,24 @@ def agreements(boards: Sequence[Board], seed: int = 0) -> list[Agreement]:
     return [_agreement(*pair, seed) for pair in _pairs(boards)]
 
 
+def verdict(one: Agreement) -> str:
+    """What the comparison of the protocols says, in sentences."""
+    if one.tau is None:
+        return f"{len(one.table)} strategies in both: too few, or too equal, to have an order."
+    words = f"Kendall's tau is {one.tau:.2f} over {len(one.table)} strategies: "
+    words += f"{one.swapped} of {one.pairs} pairs swap."
+    if one.by_chance is not None and one.by_chance_low is not None:
+        words += (
+            f" Drawing the seeds of the two-phase runs again makes their own ranking agree with "
+            f"itself to {one.by_chance:.2f} (2.5 % of draws: below {one.by_chance_low:.2f}), so "
+        )
+        more = one.tau < one.by_chance_low
+        words += "seeds alone do not explain this." if more else "seeds alone may explain this."
+    if one.alone:
+        words += f" Ranked by one protocol only: {', '.join(one.alone)}."
+    return words
+
+
 def _pairs(boards: Sequence[Board]) -> Iterator[tuple[Board, Board]]:
     for one in boards:
         for other in boards:

@@ -68,6 +68,16 @@ COLUMNS = (
 )
 
 
+def named(name: str) -> Column:
+    """The column of this name."""
+    return {column.name: column for column in COLUMNS}[name]
+
+
+def titled(name: str) -> str:
+    """Its title."""
+    return named(name).title
+
+
 def shown(board: Board) -> list[Column]:
     """The columns of a board that have something to say, the one that ranks after the name."""
     some = [c for c in COLUMNS if c.always or (c.name in board.table and _some(board, c.name))]

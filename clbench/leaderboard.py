@@ -126,6 +126,7 @@ def build(runs: pd.DataFrame, tuning: Mapping[str, Mapping[str, Any]] | None = N
     names = list(zip(unusable["path"], unusable["status"], unusable["reason"], strict=True))
     if usable.empty:
         return Leaderboard([], _left_out(names), int(trial.sum()))
+    usable["seed"] = usable["seed"].astype(int)  # beside files without one they are floats
     shared = _shared(usable)
     own = [c for c in usable if c == "strategy" or c.startswith("strategy.") or c in _ORIGIN]
     usable["_shape"] = _numbered(usable, shared)

@@ -9,7 +9,7 @@ from itertools import chain
 import pandas as pd
 
 from clbench import columns
-from clbench.agreement import Agreement
+from clbench.agreement import Agreement, verdict
 from clbench.findings import Findings
 from clbench.leaderboard import Board
 
@@ -97,24 +97,6 @@ def _agreement(one: Agreement) -> Iterable[str]:
     yield ""
 
 
-def verdict(one: Agreement) -> str:
-    """What the comparison of the protocols says, in sentences."""
-    if one.tau is None:
-        return f"{len(one.table)} strategies in both: too few, or too equal, to have an order."
-    words = f"Kendall's tau is {one.tau:.2f} over {len(one.table)} strategies: "
-    words += f"{one.swapped} of {one.pairs} pairs swap."
-    if one.by_chance is not None and one.by_chance_low is not None:
-        words += (
-            f" Drawing the seeds of the two-phase runs again makes their own ranking agree with "
-            f"itself to {one.by_chance:.2f} (2.5 % of draws: below {one.by_chance_low:.2f}), so "
-        )
-        more = one.tau < one.by_chance_low
-        words += "seeds alone do not explain this." if more else "seeds alone may explain this."
-    if one.alone:
-        words += f" Ranked by one protocol only: {', '.join(one.alone)}."
-    return words
-
-
 def _figures(figures: Iterable[tuple[str, str]]) -> Iterable[str]:
     for path, title in figures:
         yield from (f"![{escaped(title)}]({path})", "")
@@ -125,7 +107,8 @@ def _left_out(findings: Findings) -> Iterable[str]:
         return
     yield from ("## Left out", "")
     if findings.trials:
-        yield from (f"{findings.trials:,} runs of searches: they choose, nothing else.", "")
+        noun = "run" if findings.trials == 1 else "runs"
+        yield from (f"{findings.trials:,} {noun} of searches: they choose, nothing else.", "")
     for kind, group in findings.left_out.groupby("kind", sort=False):
         yield from (f"{escaped(str(kind)).capitalize()}, {len(group)}:", "")
         yield from map(_named, group.head(LISTED).itertuples(index=False))

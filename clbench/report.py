@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from clbench import columns, figures, markdown, userspace
+from clbench import columns, figures, markdown, page, userspace
 from clbench.files import write_atomically
 from clbench.findings import gather
 from clbench.leaderboard import Board
@@ -16,8 +16,9 @@ from clbench.leaderboard import Board
 def write(root: Path) -> list[Path]:
     """Writes the folder `leaderboard` from what lies below a results folder.
 
-    `leaderboard.md` and `.csv`; `left_out.csv`, where something is in no table; and the folder
-    `figures`, each as SVG and PNG: pictures there that it does not write again are removed.
+    `index.html`, one page for everything; `leaderboard.md` and `.csv`; `left_out.csv`, where
+    something is in no table; and the folder `figures`, each as SVG and PNG: pictures there that
+    it does not write again are removed.
 
     Args:
         root: The results folder.
@@ -38,6 +39,7 @@ def write(root: Path) -> list[Path]:
     files = {
         "leaderboard.md": _bytes(markdown.text(findings, shown)),
         "leaderboard.csv": _bytes(csv(findings.boards)),
+        "index.html": _bytes(page.html(findings, drawings)),
     }
     if len(findings.left_out):
         files["left_out.csv"] = _bytes(findings.left_out.to_csv(index=False))

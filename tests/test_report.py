@@ -98,7 +98,7 @@ def test_everything_that_is_in_no_table_is_named(tmp_path: Path) -> None:
     for name in (*bad, "half", "torn.json"):
         assert name in found
     assert "schema 99" in found
-    assert "1 runs of searches" in found
+    assert "1 run of searches" in found
     assert cells(found, "a")["seeds"] == "1"
     left = pd.read_csv(tmp_path / "leaderboard" / "left_out.csv")
     assert sorted(left["kind"]) == ["duplicate", *["unfinished"], *["unreadable"] * 4]
