@@ -252,8 +252,10 @@ def class_balanced(
     In each batch the classes take turns, in a random order; each gives its samples in a random
     order, and begins again when it has no more.
 
+    Samples of several labels each are one class together.
+
     Args:
-        targets: Labels of the samples to draw from, [N] int64, at least one.
+        targets: Labels of the samples to draw from, [N] or [N, A] int64, at least one.
         batch_size: B.
         batches: How many.
         generator: On the device of the labels.
@@ -262,6 +264,8 @@ def class_balanced(
         Positions, [batches * B] int64, batch after batch.
     """
     device, n = targets.device, len(targets)
+    if targets.ndim > 1:
+        targets = targets.new_zeros(n)
     classes, members = targets.unique(return_inverse=True)
     counts = members.bincount()
     starts = counts.cumsum(0) - counts

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clbench import cache
 from clbench.machine import isolated_rng, thread_count
-from clbench.nn.heads import Classifier
 from clbench.progress import counting
 from clbench.samples import Samples
 from clbench.types import derive_seed
@@ -24,6 +23,8 @@ from clbench.types import derive_seed
 #: Raised when the code below trains other weights from the same options.
 _VERSION = 1
 _PURPOSE = "source model"
+
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +47,12 @@ class Recipe:
 
 
 def train(
-    model: Classifier,
+    model: nn.Module,
     samples: Samples,
     recipe: Recipe,
     key: Mapping[str, Any],
     cache_dir: Path | None,
+    loss: Loss = F.cross_entropy,
 ) -> None:
     """Gives a model the weights that it has after training on the source.
 
@@ -62,12 +64,13 @@ def train(
         recipe: How.
         key: What decides model and samples, plain data.
         cache_dir: The cache folder; None: the user's.
+        loss: What is minimised, of outputs and targets; its name is not part of the key.
     """
 
     def make() -> dict[str, Any]:
         # One thread: the same bits whatever the number of cores.
         with isolated_rng(recipe.seed, _PURPOSE), thread_count(1):
-            _train(model, samples, recipe)
+            _train(model, samples, recipe, loss)
         state = model.state_dict()
         flat = {f"t{i}": tensor.numpy() for i, tensor in enumerate(state.values())}
         return {k: np.atleast_1d(v) for k, v in flat.items()}
@@ -97,7 +100,7 @@ def sha256(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
-def _train(model: Classifier, samples: Samples, recipe: Recipe) -> None:
+def _train(model: nn.Module, samples: Samples, recipe: Recipe, loss: Loss) -> None:
     steps = recipe.epochs * -(-len(samples) // recipe.batch_size)
     optimizer = torch.optim.AdamW(
         model.parameters(), recipe.lr, weight_decay=recipe.weight_decay, fused=True
@@ -111,10 +114,10 @@ def _train(model: Classifier, samples: Samples, recipe: Recipe) -> None:
     with counting("training the source model", "samples") as tell:
         done, total = 0, recipe.epochs * len(samples)
         for _ in range(recipe.epochs):
-            order = torch.randperm(len(samples), generator=shuffle)
+            order = samples.shuffled(recipe.batch_size, shuffle)
             for batch in samples.batches(order, recipe.batch_size, augment):
                 optimizer.zero_grad()
-                F.cross_entropy(model(batch.inputs), batch.targets).backward()
+                loss(model(batch.inputs), batch.targets).backward()
                 optimizer.step()
                 schedule.step()
                 done += len(batch)

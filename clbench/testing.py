@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import random
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,14 +29,36 @@ from clbench.progress import Silent
 from clbench.results import Result, RunFolder
 from clbench.samples import Batch, Samples
 from clbench.state import capture
+from clbench.text.instructions import InstructionScenario
+from clbench.text.toy import ToyInstructions as ToyInstructions
 from clbench.toys import ToyDrift as ToyDrift
 from clbench.toys import ToyScenario as ToyScenario
 from clbench.toys import ToyViT as ToyViT
-from clbench.types import Context, Experience, Scenario, Setting, Split, Strategy, Stream
+from clbench.types import (
+    CLASSIFICATION,
+    Context,
+    Experience,
+    Scenario,
+    Setting,
+    Split,
+    Strategy,
+    Stream,
+)
 
 Check = Callable[[Strategy, Scenario], None]
 #: The first one on which a strategy says that it works is the one it is checked on.
-TOYS: tuple[Scenario, ...] = (ToyScenario(), ToyScenario(backbone=ToyViT()), ToyDrift())
+TOYS: tuple[Scenario, ...] = (
+    ToyScenario(),
+    ToyScenario(backbone=ToyViT()),
+    ToyDrift(),
+    ToyInstructions(),
+)
+#: Settings so alike that a strategy that works in several of them is checked in one.
+ALIKE: tuple[frozenset[Setting], ...] = (
+    CLASSIFICATION,
+    frozenset({Setting.INSTRUCTION_TUNING}),
+    frozenset({Setting.TEST_TIME_ADAPTATION}),
+)
 
 
 def same_seed_same_numbers(strategy: Strategy, scenario: Scenario) -> None:
@@ -88,17 +111,20 @@ def memory_within_budget(strategy: Strategy, scenario: Scenario) -> None:
 
 
 def outputs_cover_seen_classes(strategy: Strategy, scenario: Scenario) -> None:
-    """Outputs are finite, one column per class of the stream, one row per sample."""
+    """Outputs are finite, one column per class of the stream, one row per sample.
+
+    Where a sample has several labels, one row for each of them.
+    """
     one = _learned(strategy, scenario)
     outputs = one.strategy.predict(_all(one.stream.tests[0]).unlabelled())
-    assert outputs.shape == (len(one.stream.tests[0]), one.stream.n_outputs)
+    assert outputs.shape == (*one.stream.tests[0].targets.shape, one.stream.n_outputs)
     assert outputs.isfinite().all()
 
 
 def beats_chance(strategy: Strategy, scenario: Scenario) -> None:
     """Accuracy, at the end and of what arrives, is at least one and a half times guessing."""
     metrics = _run(strategy, scenario).metrics
-    chance = 1 / _stream(scenario).n_outputs
+    chance = _chance(_stream(scenario))
     final, error = metrics["average_accuracy"], metrics.get("online_error")
     assert final is not None
     assert final >= 1.5 * chance, f"accuracy {final:.3f}, chance {chance:.3f}"
@@ -131,6 +157,8 @@ def one_experience_works(strategy: Strategy, scenario: Scenario) -> None:
         single = replace(scenario, n_experiences=1)
     elif isinstance(scenario, CorruptedImages):
         single = replace(scenario, corruptions=scenario.chosen(Split.EVALUATE)[:1])
+    elif isinstance(scenario, InstructionScenario):
+        single = replace(scenario, order=(_stream(scenario).experiences[0].name,))
     if single is not None:
         result = _run(strategy, single)
         assert result.metrics["average_accuracy"] is not None
@@ -296,6 +324,25 @@ def toy_for(strategy: Strategy, settings: frozenset[Setting] = frozenset(Setting
     raise AssertionError(f"no toy scenario works: {' '.join(reasons)}")
 
 
+def kinds_for(check: Check, strategy: Strategy | type[Strategy]) -> list[frozenset[Setting]]:
+    """The kinds of settings that a check is about and in which the strategy works."""
+    kinds = (kind & CHECKS[check] & strategy.settings for kind in ALIKE)
+    return [kind for kind in kinds if kind]
+
+
+def _toys(check: Check, strategy: Strategy) -> list[Scenario]:
+    """A toy of each kind of settings; a wrapped method may not work in all that its wrapper can."""
+    found, refusals = [], []
+    for kind in kinds_for(check, strategy):
+        try:
+            found.append(toy_for(strategy, kind))
+        except AssertionError as refusal:
+            refusals.append(refusal)
+    if not found:
+        raise refusals[0]
+    return found
+
+
 def check_strategy(strategy: Strategy, scenario: Scenario | None = None) -> None:
     """Runs every check on a strategy that is about the scenario's setting.
 
@@ -310,10 +357,10 @@ def check_strategy(strategy: Strategy, scenario: Scenario | None = None) -> None
         AssertionError: Naming the check that failed.
     """
     for check in checks_for(strategy):
-        settings = CHECKS[check]
         if scenario is None:
-            run_check(check, strategy, toy_for(strategy, settings))
-        elif scenario.setting in settings:
+            for toy in _toys(check, strategy):
+                run_check(check, strategy, toy)
+        elif scenario.setting in CHECKS[check]:
             run_check(check, strategy, scenario)
 
 
@@ -349,7 +396,8 @@ def check_scenario(scenario: Scenario) -> None:
             for x, y in ((a.train, b.train), (test, again.tests[a.index])):
                 if x is not None and y is not None:
                     assert torch.equal(_all(x).inputs, _all(y).inputs), "not reproducible"
-                    assert set(x.targets.tolist()) <= set(a.classes), "a label of no class"
+                    labels = x.targets[x.targets >= 0].tolist()
+                    assert set(labels) <= set(a.classes), "a label of no class"
         assert _fingerprint(one) != _fingerprint(other), "seeds 0 and 1 give one stream"
     tune, evaluate = (_contents(scenario.stream(split, 0)) for split in Split)
     assert not tune & evaluate, f"{len(tune & evaluate)} samples are in both splits"
@@ -443,7 +491,7 @@ def _numbers(result: Result) -> Any:
     """What is measured, but for times."""
     online = copy.deepcopy(result.online)
     online.get("source_model", {}).pop("seconds_per_sample", None)
-    return result.accuracy_matrix, online
+    return result.accuracy_matrix, result.scores, result.general, online
 
 
 def _run(
@@ -458,6 +506,14 @@ def _run(
     )
     assert result.status == "complete", f"the run {result.status}: {result.reason}"
     return result
+
+
+def _chance(stream: Stream) -> float:
+    """Accuracy of guessing a class, or of always giving the answer that is right most often."""
+    if stream.tests[0].targets.ndim == 1:
+        return 1 / stream.n_outputs
+    answers = [tuple(answer) for test in stream.tests for answer in test.targets.tolist()]
+    return max(Counter(answers).values()) / len(answers)
 
 
 def _stream(scenario: Scenario, seed: int = 0) -> Stream:

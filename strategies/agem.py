@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from clbench.nn.memory import Memory
 from clbench.samples import Batch
 from clbench.training import GradientStrategy
-from clbench.types import Context
+from clbench.types import LABELLED, Context, Setting
 
 
 @dataclass(kw_only=True)
@@ -28,6 +29,8 @@ class AGEM(GradientStrategy):
     A-GEM-R) and so holds samples of the current experience too; the paper keeps equal parts of
     every earlier one. The projection is of the gradient, before momentum and weight decay.
     """
+
+    settings: ClassVar[frozenset[Setting]] = LABELLED
 
     def setup(self, model: nn.Module, context: Context) -> None:
         super().setup(model, context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from clbench.nn.memory import Memory
 from clbench.samples import Batch
 from clbench.training import GradientStrategy
-from clbench.types import Context, require
+from clbench.types import LABELLED, Context, Setting, require
 
 
 @dataclass(kw_only=True)
@@ -29,8 +30,11 @@ class DER(GradientStrategy):
 
     **Differs from the paper:** nothing in the equations; as in the official code z belongs to
     the augmented sample while the memory keeps the sample without augmentation, z spans classes
-    that have not come yet, and every epoch offers the sample anew.
+    that have not come yet, and every epoch offers the sample anew. Where a sample has several
+    predictions (an answer's tokens), the mean is over the elements of those that have a label.
     """
+
+    settings: ClassVar[frozenset[Setting]] = LABELLED
 
     alpha: float = 0.3
 
@@ -49,9 +53,9 @@ class DER(GradientStrategy):
         if not len(self.memory):
             return loss
         recalled = self.memory.draw(self.context.memory_batch_size)
-        return loss + self.alpha * F.mse_loss(
-            self.forward(recalled.inputs), recalled.extras["logits"]
-        )
+        both = (self.forward(recalled.inputs), recalled.extras["logits"])
+        now, then = (self.context.objective.predictions(h, recalled.targets)[0] for h in both)
+        return loss + self.alpha * F.mse_loss(now, then)
 
     def observe(self, batch: Batch) -> None:
         self.memory.add(batch, {"logits": self._logits})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from clbench.nn.anchor import Anchor
 from clbench.nn.fisher import Fisher, diagonal_fisher
 from clbench.samples import Batch
 from clbench.training import GradientStrategy
-from clbench.types import Context, Experience, require
+from clbench.types import LABELLED, Context, Experience, Setting, require
 
 
 @dataclass(kw_only=True)
@@ -48,6 +48,8 @@ class EWC(GradientStrategy):
     leaves out the ½ and has "weighted"; van de Ven has 100 with Adam.
     Avalanche leaves out the ½ and has "batch" on batches in stored order (here it is drawn).
     """
+
+    settings: ClassVar[frozenset[Setting]] = LABELLED
 
     ewc_lambda: float = 10.0
     form: Literal["separate", "online"] = "separate"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from clbench.training import GradientStrategy
+from clbench.types import LABELLED, Setting
 
 
 @dataclass(kw_only=True)
@@ -15,3 +17,5 @@ class Finetune(GradientStrategy):
 
     **Differs from the paper:** there is no paper; this is the lower reference.
     """
+
+    settings: ClassVar[frozenset[Setting]] = LABELLED

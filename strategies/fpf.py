@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from clbench.finetuning import ModuleFinetuning
 from clbench.samples import Batch
-from clbench.types import Context, Experience, require
+from clbench.types import LABELLED, Context, Experience, Setting, require
 
 
 @dataclass(kw_only=True)
@@ -37,6 +37,8 @@ class FPF(ModuleFinetuning):
     the last layer as sensitive (on a ResNet of this suite `modules=[norm, statistics,
     features.conv1, head]`). Evaluations within an experience are of the base.
     """
+
+    settings: ClassVar[frozenset[Setting]] = LABELLED
 
     finetune_steps: int = 300
     continues_from: Literal["base", "finetuned"] = "base"

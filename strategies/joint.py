@@ -11,7 +11,7 @@ from clbench.errors import UserError
 from clbench.nn.joined import join
 from clbench.samples import Samples
 from clbench.training import GradientStrategy
-from clbench.types import Context, Experience
+from clbench.types import LABELLED, Context, Experience, Setting
 
 
 @dataclass(kw_only=True)
@@ -30,6 +30,8 @@ class Joint(GradientStrategy):
 
     **Differs from the paper:** there is no paper; this is the upper reference.
     """
+
+    settings: ClassVar[frozenset[Setting]] = LABELLED
 
     revisits: ClassVar[bool] = True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from clbench.errors import UserError
 from clbench.finetuning import ModuleFinetuning, keeps_samples
 from clbench.samples import Batch
-from clbench.types import Context, Scenario, require
+from clbench.types import LABELLED, Context, Scenario, Setting, require
 
 
 @dataclass(kw_only=True)
@@ -48,6 +48,8 @@ class KFPF(ModuleFinetuning):
     optimizer of the base with momentum keeps it over a fine-tuning; only the base's own steps
     enter its learning-rate schedule.
     """
+
+    settings: ClassVar[frozenset[Setting]] = LABELLED
 
     triggers: int = 10
     finetune_steps: int = 0
@@ -101,7 +103,7 @@ class KFPF(ModuleFinetuning):
 
     def observe(self, batch: Batch) -> None:
         super().observe(batch)
-        self.met.index_fill_(0, batch.targets, True)
+        self.met[batch.targets[batch.targets >= 0]] = True
         extras = {}
         if self.distillation:
             extras["logits"] = self._logits.masked_fill(~self.met, -torch.inf)
@@ -118,8 +120,10 @@ class KFPF(ModuleFinetuning):
         if not self.distillation:
             return loss
         stored = self.memory.extras["logits"].index_select(0, batch.index)
-        known = stored > -torch.inf
-        squares = torch.where(known, outputs - stored, 0).square()
+        objective = self.context.objective
+        now, then = (objective.predictions(h, batch.targets)[0] for h in (outputs, stored))
+        known = then > -torch.inf
+        squares = torch.where(known, now - then, 0).square()
         return loss + self.distillation * squares.sum() / known.sum()
 
     def facts(self) -> Mapping[str, Any]:

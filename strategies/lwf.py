@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from clbench.samples import Batch
 from clbench.training import GradientStrategy
-from clbench.types import Context, Experience, require
+from clbench.types import LABELLED, Context, Experience, Setting, require
 
 
 @dataclass(kw_only=True)
@@ -23,8 +23,8 @@ class LwF(GradientStrategy):
 
     Equation: minimise CE(h(x), y) + lwf_lambda·KL(softmax(z/T) ‖ softmax(h(x)/T)), both softmaxes
     over the classes of earlier experiences, z the outputs of the model as it was at the end of
-    the latest one, T the temperature; the mean over the samples of the batch. Without the second
-    term in the first experience.
+    the latest one, T the temperature; the mean over the samples of the batch, or over the tokens
+    of their answers. Without the second term in the first experience.
 
     Attributes:
         lwf_lambda: Weight of the old answers.
@@ -41,6 +41,8 @@ class LwF(GradientStrategy):
     Avalanche have "all"; Mammoth warms up, and asks the old model about samples that are not
     augmented.
     """
+
+    settings: ClassVar[frozenset[Setting]] = LABELLED
 
     lwf_lambda: float = 3.0
     temperature: float = 2.0
@@ -67,13 +69,15 @@ class LwF(GradientStrategy):
 
     def loss(self, batch: Batch) -> Tensor:
         outputs = self.forward(batch.inputs)
+        objective = self.context.objective
         competing = outputs.masked_fill(self._barred, -torch.inf)
-        loss = self.context.objective.loss(competing, batch.targets)
+        loss = objective.loss(competing, batch.targets)
         if not self.known:
             return loss
         with torch.no_grad(), self.context.autocast():
             answers = self.teacher(batch.inputs).float()
-        return loss + self.lwf_lambda * self.distillation(outputs, answers)
+        now, then = (objective.predictions(h, batch.targets)[0] for h in (outputs, answers))
+        return loss + self.lwf_lambda * self.distillation(now, then)
 
     def distillation(self, outputs: Tensor, answers: Tensor) -> Tensor:
         """KL(softmax(answers/T) ‖ softmax(outputs/T)) over the old classes, the batch's mean."""

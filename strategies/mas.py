@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from clbench.nn.anchor import Anchor
 from clbench.nn.sample_gradients import mean_gradient_powers
 from clbench.samples import Batch
 from clbench.training import GradientStrategy
-from clbench.types import Context, Experience, require
+from clbench.types import LABELLED, Context, Experience, Setting, require
 
 
 @dataclass(kw_only=True)
@@ -41,6 +41,8 @@ class MAS(GradientStrategy):
     FACIL differentiates ‖h‖ in place of ‖h‖² and halves the penalty. The paper's mas_lambda of 1
     goes with a learning rate of 0.0008; the default has about the same product at 0.1.
     """
+
+    settings: ClassVar[frozenset[Setting]] = LABELLED
 
     mas_lambda: float = 0.01
     gradients: Literal["sample", "batch"] = "sample"

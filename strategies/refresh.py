@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from clbench.nn.fisher import Fisher, diagonal_fisher
 from clbench.nn.noise import GaussianNoise
 from clbench.samples import Batch
 from clbench.training import Wrapper
-from clbench.types import Context, Experience, require
+from clbench.types import LABELLED, Context, Experience, Setting, require
 
 
 @dataclass(kw_only=True)
@@ -64,6 +64,8 @@ class Refresh(Wrapper):
     rounding (a bias before a batch norm) as far as any. On a CPU the noise is drawn from a pool:
     `clbench.nn.noise`.
     """
+
+    settings: ClassVar[frozenset[Setting]] = LABELLED
 
     form: Literal["sde", "relative"] = "sde"
     unlearned: Literal["objective", "arriving"] = "objective"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from clbench.nn.memory import Memory
 from clbench.samples import Batch
 from clbench.training import GradientStrategy
-from clbench.types import Context
+from clbench.types import LABELLED, Context, Setting
 
 
 @dataclass(kw_only=True)
@@ -31,6 +31,8 @@ class Replay(GradientStrategy):
     **Differs from the paper:** several epochs offer the same sample to the reservoir several
     times, as the suites that train for many epochs do.
     """
+
+    settings: ClassVar[frozenset[Setting]] = LABELLED
 
     selection: Literal["reservoir", "class_balanced"] = "reservoir"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from clbench.nn.anchor import Anchor
 from clbench.samples import Batch
 from clbench.training import GradientStrategy
-from clbench.types import Context, Experience, require
+from clbench.types import LABELLED, Context, Experience, Setting, require
 
 
 @dataclass(kw_only=True)
@@ -35,6 +36,8 @@ class SI(GradientStrategy):
     Mammoth's, without its clipping of each gradient entry at 1; the official code has c 0.1 and
     ξ 0.1 on permuted MNIST with Adam.
     """
+
+    settings: ClassVar[frozenset[Setting]] = LABELLED
 
     si_c: float = 0.5
     xi: float = 1.0

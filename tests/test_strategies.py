@@ -32,36 +32,42 @@ from clbench.testing import (
     ToyScenario,
     check_strategy,
     checks_for,
+    kinds_for,
     run_check,
     toy_for,
 )
 from clbench.training import GradientStrategy
-from clbench.types import Context, Experience, Scenario, Split, Strategy
+from clbench.types import Context, Experience, Scenario, Setting, Split, Strategy
 
+TEXT = frozenset({Setting.INSTRUCTION_TUNING})
 BY_NAME: dict[str, Check] = {check.__name__: check for check in CHECKS}
 
 
-def applicable(name: str) -> Sequence[Check]:
+def applicable(name: str) -> Sequence[tuple[Check, frozenset[Setting]]]:
     """The checks about a strategy's settings; all, where its class can't even be imported."""
     tree = OmegaConf.load(userspace.configuration() / "strategy" / f"{name}.yaml")
     try:
         kind = target_class({"_target_": tree._target_}, Strategy, name)
     except Exception:  # what is wrong is told by each of its tests, not by those of all strategies
-        return tuple(CHECKS)
-    return checks_for(kind)
+        return tuple(CHECKS.items())
+    return [(check, settings) for check in checks_for(kind) for settings in kinds_for(check, kind)]
 
 
 @pytest.mark.parametrize(
-    ("name", "check"),
+    ("name", "check", "settings"),
     [
-        pytest.param(name, check, id=f"{name}-{check.__name__}")
+        pytest.param(
+            name, check, settings, id=f"{name}-{check.__name__}" + "-text" * (settings == TEXT)
+        )
         for name in configured("strategy")
-        for check in applicable(name)
+        for check, settings in applicable(name)
     ],
 )
-def test_conformance(name: str, check: Check) -> None:
+def test_conformance(name: str, check: Check, settings: frozenset[Setting]) -> None:
+    if settings == TEXT:
+        pytest.importorskip("transformers", reason="the extra `text` is not installed")
     strategy = suite_strategy(name)
-    run_check(check, strategy, toy_for(strategy, CHECKS[check]))
+    run_check(check, strategy, toy_for(strategy, settings))
 
 
 @cache

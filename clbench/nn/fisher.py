@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from clbench.nn.sample_gradients import Cotangents, mean_gradient_powers
 from clbench.samples import Samples
+from clbench.types import derive_seed
 
 Fisher = Literal["exact", "empirical", "weighted", "batch"]
 
@@ -34,11 +36,14 @@ def diagonal_fisher(
     | "batch" | E_batches (∂ mean log p(y_x|x) / ∂θ)² | Avalanche; roughly 1/batch_size as large |
 
     p is the softmax over all outputs, those of classes still to come included, as the
-    cross-entropy trains them. van de Ven 2025, "On the Computation of the Fisher Information in
+    cross-entropy trains them. Where a sample has several labels, one for each of its predictions
+    (the tokens of an answer), log p(y|x) is the sum over them, and "exact" is estimated: for each
+    prediction one label is drawn from p, given the true ones before it, which costs one backward
+    pass as the others do. van de Ven 2025, "On the Computation of the Fisher Information in
     Continual Learning", arXiv 2502.11756, compares the estimates.
 
     Args:
-        model: In evaluation mode; its outputs are logits [B, C].
+        model: In evaluation mode; its outputs are logits [B, C] or [B, A, C].
         samples: The expectation is over these, with the test-time transform.
         kind: Of the estimate. "exact" takes C backward passes where the others take one.
         names: Parameters; default: those that require gradients.
@@ -48,10 +53,18 @@ def diagonal_fisher(
     Returns:
         One tensor for each name, in the shape of the parameter.
     """
+    draws = torch.Generator(samples.index.device)
+    draws.manual_seed(derive_seed(0, "labels of the Fisher information"))
+    cotangents: dict[Fisher, Cotangents] = {
+        "exact": partial(_every_label, draws=draws),
+        "empirical": _true_label,
+        "weighted": _weighted_label,
+        "batch": _true_label,
+    }
     return mean_gradient_powers(
         model,
         samples,
-        _COTANGENTS[kind],
+        cotangents[kind],
         power=2,
         names=names,
         order=order,
@@ -94,29 +107,29 @@ def fisher_of_answers(
 
 
 def _true_label(outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
-    """∂ log p(y) / ∂h = e_y − p."""
-    yield F.one_hot(targets, outputs.shape[1]) - outputs.softmax(1)
+    """∂ log p(y) / ∂h = e_y − p; 0 where there is no label."""
+    known = targets >= 0
+    chosen = F.one_hot(targets.clamp_min(0), outputs.shape[-1])
+    yield (chosen - outputs.softmax(-1)) * known[..., None]
 
 
 def _weighted_label(outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
-    """√p(y) ∂ log p(y) / ∂h of the label."""
-    p = outputs.softmax(1)
-    share = p.gather(1, targets[:, None])
-    yield (F.one_hot(targets, outputs.shape[1]) - p) * share.sqrt()
+    """√p(y) ∂ log p(y) / ∂h of the label, or of all labels of a sample together."""
+    known = targets >= 0
+    each = outputs.softmax(-1).gather(-1, targets.clamp_min(0)[..., None])
+    share = each.masked_fill(~known[..., None], 1).flatten(1).prod(1)
+    (direction,) = _true_label(outputs, targets)
+    yield direction * share.sqrt().view(-1, *[1] * (outputs.ndim - 1))
 
 
-def _every_label(outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:  # noqa: ARG001
-    """√p(y) ∂ log p(y) / ∂h, whose square is weighted by p(y)."""
-    p = outputs.softmax(1)
+def _every_label(outputs: Tensor, targets: Tensor, draws: torch.Generator) -> Iterator[Tensor]:
+    """√p(y) ∂ log p(y) / ∂h, whose square is weighted by p(y); of sequences one draw."""
+    p = outputs.softmax(-1)
+    if outputs.ndim > 2:
+        drawn = torch.multinomial(p.flatten(0, -2), 1, generator=draws).view(targets.shape)
+        yield from _true_label(outputs, torch.where(targets >= 0, drawn, targets))
+        return
     for label in range(outputs.shape[1]):
         v = -p
         v[:, label] += 1
         yield v * p[:, label, None].sqrt()
-
-
-_COTANGENTS: Mapping[Fisher, Cotangents] = {
-    "exact": _every_label,
-    "empirical": _true_label,
-    "weighted": _weighted_label,
-    "batch": _true_label,
-}

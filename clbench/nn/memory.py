@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from clbench.errors import UserError
 from clbench.samples import Batch, Samples, TensorSource
 from clbench.types import Context
 
@@ -21,7 +22,7 @@ class Recalled:
 
     Attributes:
         inputs: Augmented afresh and normalised, [B, ...].
-        targets: Labels, [B] int64.
+        targets: Labels, [B] int64; [B, A] where a sample has several.
         extras: What was stored beside the samples, such as logits, [B, ...] each.
         slots: Their places in the memory, [B] int64.
     """
@@ -101,8 +102,13 @@ class Memory:
             return
         if self.selection == "reservoir":
             chosen = self._reservoir(len(batch))
-        else:
+        elif batch.targets.ndim == 1:
             chosen = self._by_class(batch.targets.tolist())
+        else:
+            raise UserError(
+                f"A memory with selection={self.selection} needs one label for each sample; these "
+                f"have {batch.targets.shape[1]}. Use selection=reservoir."
+            )
         self.seen += len(batch)
         if chosen:
             self._write(chosen, batch, extras or {})

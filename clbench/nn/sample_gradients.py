@@ -4,12 +4,14 @@ The gradient of one sample in a linear layer is an outer product g aᵀ of what 
 and from the front. A sum of its squares over samples is (g²)ᵀ(a²), of its magnitudes |g|ᵀ|a|: one
 matrix product for a batch, and nothing of the size samples x parameters is ever made (Goodfellow
 2015, "Efficient Per-Example Gradient Computations", arXiv 1510.01799). Convolutions and sequences
-form the gradients of a few samples at a time; normalisation layers need no product. All other
-parameters take `torch.func.vmap`.
+form the gradients of a few samples at a time; normalisation layers need no product, nor do
+embeddings. All other parameters take `torch.func.vmap`, or, in models of sequences, which look at
+the lengths of their inputs, one backward pass for each sample.
 """
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -25,7 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from clbench.errors import UserError
 from clbench.samples import Batch, Samples
 
-#: From outputs [B, C] and targets [B]: vectors v, each [B, C]; the gradients are those of v·h.
+#: From outputs [B, ..., C] and targets [B, ...]: vectors v, each of the shape of the outputs; the
+#: gradients are those of v·h.
 Cotangents = Callable[[Tensor, Tensor], Iterable[Tensor]]
 
 #: Of a gradient: its magnitude or its square.
@@ -111,7 +114,7 @@ def _of_samples(
     cotangents: Cotangents,
     power: Power,
 ) -> Sums:
-    with _Recorder(model, names, power) as recorder:
+    with _Recorder(model, names, power, len(batch)) as recorder:
         outputs = functional_call(model, dict(weights), (batch.inputs,))
     layers = recorder.layers()
     edges = [layer.edge for layer in layers]
@@ -125,7 +128,8 @@ def _of_samples(
                 if g is not None:
                     layer.add(g)
         if others:
-            yield from _by_vmap(model, others, fixed, batch.inputs, v, power)
+            by = _by_vmap if outputs.ndim == 2 else _one_by_one
+            yield from by(model, others, fixed, batch.inputs, v, power)
     for layer in layers:
         yield from ((layer.names[kind], value) for kind, value in layer.sums())
 
@@ -148,6 +152,21 @@ def _by_vmap(
         with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the others
             gradients = each(chosen, x, v)
         yield from ((name, _power(g, power).sum(0)) for name, g in gradients.items())
+
+
+def _one_by_one(
+    model: nn.Module,
+    chosen: dict[str, Tensor],
+    fixed: dict[str, Tensor],
+    inputs: Tensor,
+    cotangent: Tensor,
+    power: Power,
+) -> Sums:
+    leaves = {name: weight.detach().requires_grad_() for name, weight in chosen.items()}
+    for x, v in zip(inputs.split(1), cotangent.split(1), strict=True):
+        outputs = functional_call(model, {**fixed, **leaves}, (x,))
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), v, materialize_grads=True)
+        yield from zip(leaves, (_power(g, power) for g in gradients), strict=True)
 
 
 def _piece(like: Tensor, numbers: int) -> int:
@@ -309,8 +328,49 @@ class _Normalisation(_Layer):
         return F.batch_norm(x, m.running_mean, m.running_var, eps=m.eps)
 
 
+class _Scaled(_Layer):
+    """The weight of a layer whose output is linear in it, number by number (an RMS norm)."""
+
+    def add(self, g: Tensor) -> None:
+        over = tuple(range(1, g.dim() - self.module.weight.dim()))
+        each = g * self.normalised()
+        self.count("weight", _power(each.sum(over) if over else each, self.power).sum(0))
+
+    def normalised(self) -> Tensor:
+        """What the weight multiplies: the output at weight 1 less that at weight 0."""
+        weight = self.module.weight
+        one, zero = (
+            functional_call(self.module, {"weight": torch.full_like(weight, w)}, (self.inputs,))
+            for w in (1.0, 0.0)
+        )
+        return one - zero  # type: ignore[no-any-return]
+
+
+class _Embedding(_Layer):
+    """A table of rows, of which each sample reads some, perhaps one several times."""
+
+    @staticmethod
+    def fits(module: Any, inputs: Tensor) -> bool:  # noqa: ARG004
+        return module.max_norm is None and not module.scale_grad_by_freq
+
+    def add(self, g: Tensor) -> None:
+        rows, table = self.inputs.flatten(1), self.module.weight
+        sample = torch.arange(len(rows), device=rows.device)[:, None]
+        # What one sample reads several times adds up before the power.
+        met, place = (rows + len(table) * sample).unique(return_inverse=True)
+        flat = g.reshape(-1, table.shape[1])
+        sums = flat.new_zeros(len(met), table.shape[1]).index_add_(0, place.flatten(), flat)
+        rows = met % len(table)
+        if self.module.padding_idx is not None:
+            sums[rows == self.module.padding_idx] = 0
+        total = torch.zeros_like(table, requires_grad=False)
+        self.count("weight", total.index_add_(0, rows, _power(sums, self.power)))
+
+
 #: Exact types: a subclass may do something else with its parameters.
 _KINDS: dict[type[nn.Module], Sequence[type[_Layer]]] = {
+    nn.Embedding: (_Embedding,),
+    nn.RMSNorm: (_Scaled,),
     nn.Linear: (_Rows, _Sequence),
     nn.Conv2d: (_Convolution,),
     nn.BatchNorm1d: (_Normalisation,),
@@ -320,11 +380,22 @@ _KINDS: dict[type[nn.Module], Sequence[type[_Layer]]] = {
 }
 
 
-class _Recorder:
-    """Watches a forward pass for the layers whose formulas are known."""
+# By name: Hugging Face has one for each family of models, without a common base class.
+_RMS_NORM = re.compile(r"\w+RMSNorm$")
 
-    def __init__(self, model: nn.Module, names: Collection[str], power: Power) -> None:
-        self.power = power
+
+def _kinds(module: nn.Module) -> Sequence[type[_Layer]]:
+    """The formulas that there are for a layer."""
+    if _RMS_NORM.match(type(module).__name__) and set(module._parameters) == {"weight"}:
+        return (_Scaled,)
+    return _KINDS.get(type(module), ())
+
+
+class _Recorder:
+    """Watches a forward pass of so many samples for the layers whose formulas are known."""
+
+    def __init__(self, model: nn.Module, names: Collection[str], power: Power, size: int) -> None:
+        self.power, self.size = power, size
         owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
         self.wanted: dict[nn.Module, dict[str, str]] = {}
         for path, module in model.named_modules():
@@ -332,7 +403,7 @@ class _Recorder:
             own = {kind: prefix + kind for kind, p in module._parameters.items() if p is not None}
             shared = any(owners[id(module._parameters[kind])] > 1 for kind in own)
             found = {kind: name for kind, name in own.items() if name in names}
-            if found and not shared and type(module) in _KINDS:
+            if found and not shared and _kinds(module):
                 self.wanted[module] = found
         self.calls: dict[nn.Module, list[_Layer | None]] = {m: [] for m in self.wanted}
 
@@ -346,7 +417,9 @@ class _Recorder:
 
     def record(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """The forward hook."""
-        kinds = [kind for kind in _KINDS[type(module)] if kind.fits(module, inputs[0])]
+        # What has no row for each sample, such as positions, is told apart by none of them.
+        own = len(inputs[0]) == self.size
+        kinds = [kind for kind in _kinds(module) if own and kind.fits(module, inputs[0])]
         arguments = module, self.wanted[module], inputs[0], output, self.power
         self.calls[module].append(kinds[0](*arguments) if kinds else None)
 
