@@ -36,6 +36,7 @@ class RobustBench(Backbone):
         model_dir: Where weights are kept; None: the user's cache folder.
     """
 
+    load_head: bool = True
     name: str = "Standard"
     dataset: Literal["cifar10", "cifar100", "imagenet"] = "cifar10"
     threat_model: Literal["corruptions", "Linf", "L2"] = "corruptions"

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clbench.config import build as build_node
+from clbench.config import target_class
 from clbench.errors import UserError
-from clbench.nn import backbones
 from clbench.nn.backbones import (
     MLP,
     Backbone,
@@ -301,22 +301,31 @@ def test_normalisation_of_another_number_of_channels():
         build(backbone, (1, 28, 28))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "conf" / "backbone").glob("*.yaml")), ids=str)
+YAMLS = sorted((ROOT / "conf" / "backbone").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
 def test_yaml_lists_every_field(path):
-    options = OmegaConf.to_container(OmegaConf.load(path))
-    kind = getattr(backbones, options.pop("_target_").removeprefix("clbench.nn.backbones."))
+    # Interpolations are another file's defaults: the cache folder, the device.
+    tree = {"cache_dir": None, "device": "auto", "node": OmegaConf.load(path)}
+    node = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)["node"]
+    target = node["_target_"]
+    kind = target_class(node, Backbone, "backbone")
+    options = {name: value for name, value in node.items() if name != "_target_"}
     assert set(options) == {field.name for field in dataclasses.fields(kind)}
-    if path.stem.removeprefix("resnet") in ("20", "32", "56"):
-        assert path.stem == f"resnet{options['depth']}"
-    else:
+    shared = [other for other in YAMLS if OmegaConf.load(other)._target_ == target]
+    if len(shared) == 1 or path.stem == kind.__name__.lower():
         for field in dataclasses.fields(kind):
             if field.default is not dataclasses.MISSING:
                 written = options[field.name]
                 assert field.default == (tuple(written) if type(written) is list else written)
-    assert build_node(
-        {"_target_": f"clbench.nn.backbones.{kind.__name__}", **options}, Backbone, "backbone"
-    )
+    assert build_node({"_target_": target, **options}, Backbone, "backbone")
     assert all("  # " in line for line in path.read_text().splitlines())
+
+
+def test_residual_networks_are_as_deep_as_they_are_called():
+    for depth in (20, 32, 56):
+        assert OmegaConf.load(ROOT / "conf" / "backbone" / f"resnet{depth}.yaml").depth == depth
 
 
 def test_describe(tmp_path):
