@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,8 @@ from clbench.statistics import rank_agreement
 
 Floats = NDArray[np.float64]
 
-#: Draws of seeds that tell how far chance alone moves tau.
-RESAMPLES = 2000
+#: Up to so many seeds all ways to halve them are looked at, beyond that so many ways.
+MOST, SPLITS = 12, 500
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,11 @@ class Agreement:
             the honest protocol ranks it higher), both means, `difference` (conventional minus
             two-phase mean).
         tau: Kendall's tau-b of the means; None if one protocol gives no order.
-        by_chance: What tau is (median) between two rankings of the two-phase protocol alone, each
-            with its seeds drawn again: seeds make even one protocol disagree with itself.
-        by_chance_low: 2.5 % of these are below. A tau below it is more than seeds explain.
+        halves: How far one protocol agrees with itself: tau between the rankings of the two-phase
+            runs by one half of their seeds and by the other, median over ways to halve them. A
+            half is noisier than the whole, so this is less than two repetitions would agree.
+            None for fewer than two shared seeds.
+        lowest: Of these ways. A tau of the protocols below it is more than seeds explain.
         swapped: Pairs of strategies that the protocols order differently.
         pairs: Pairs of strategies.
         alone: Strategies that only one of the protocols ranks.
@@ -42,21 +45,20 @@ class Agreement:
     conventional: Board
     table: pd.DataFrame
     tau: float | None
-    by_chance: float | None
-    by_chance_low: float | None
+    halves: float | None
+    lowest: float | None
     swapped: int
     pairs: int
     alone: tuple[str, ...]
 
 
-def agreements(boards: Sequence[Board], seed: int = 0) -> list[Agreement]:
+def agreements(boards: Sequence[Board]) -> list[Agreement]:
     """Compares the protocols wherever a scenario has a board of both with the same budget.
 
     Args:
         boards: Of `clbench.leaderboard.build`.
-        seed: Of the resampling.
     """
-    return [_agreement(*pair, seed) for pair in _pairs(boards)]
+    return [_agreement(*pair) for pair in _pairs(boards)]
 
 
 def verdict(one: Agreement) -> str:
@@ -65,13 +67,13 @@ def verdict(one: Agreement) -> str:
         return f"{len(one.table)} strategies in both: too few, or too equal, to have an order."
     words = f"Kendall's tau is {one.tau:.2f} over {len(one.table)} strategies: "
     words += f"{one.swapped} of {one.pairs} pairs swap."
-    if one.by_chance is not None and one.by_chance_low is not None:
+    if one.halves is not None and one.lowest is not None:
+        more = one.tau < one.lowest
         words += (
-            f" Drawing the seeds of the two-phase runs again makes their own ranking agree with "
-            f"itself to {one.by_chance:.2f} (2.5 % of draws: below {one.by_chance_low:.2f}), so "
+            " Half of the seeds rank the two-phase runs as the other half does to "
+            f"{one.halves:.2f} (median over ways to halve them; lowest {one.lowest:.2f}): seeds "
+            f"alone {'do not' if more else 'may'} explain the difference."
         )
-        more = one.tau < one.by_chance_low
-        words += "seeds alone do not explain this." if more else "seeds alone may explain this."
     if one.alone:
         words += f" Ranked by one protocol only: {', '.join(one.alone)}."
     return words
@@ -86,7 +88,7 @@ def _pairs(boards: Sequence[Board]) -> Iterator[tuple[Board, Board]]:
                 yield one, other
 
 
-def _agreement(two_phase: Board, conventional: Board, seed: int) -> Agreement:
+def _agreement(two_phase: Board, conventional: Board) -> Agreement:
     ours, theirs = _ranked(two_phase), _ranked(conventional)
     shared = [name for name in ours.index if name in theirs.index]
     alone = tuple(sorted(set(ours.index) ^ set(theirs.index)))
@@ -105,9 +107,9 @@ def _agreement(two_phase: Board, conventional: Board, seed: int) -> Agreement:
     table["difference"] = table["conventional"] - table["two_phase"]
     table = table.sort_values(["rank_two_phase", "strategy"]).reset_index(drop=True)
     tau = rank_agreement(first, second)
-    chance = _by_chance(_seeds(two_phase, ours.loc[shared, "_place"]), seed)
+    own = _halves(_by_seed(two_phase, list(ours.loc[shared, "_place"])))
     swapped, pairs = _swapped(first.to_numpy(float), second.to_numpy(float))
-    return Agreement(two_phase, conventional, table, tau, *chance, swapped, pairs, alone)
+    return Agreement(two_phase, conventional, table, tau, *own, swapped, pairs, alone)
 
 
 def _ranked(board: Board) -> pd.DataFrame:
@@ -120,30 +122,37 @@ def _ranked(board: Board) -> pd.DataFrame:
     return table.drop(columns="strategy")[~table.index.duplicated(keep=False)]
 
 
-def _seeds(board: Board, places: pd.Series) -> list[Floats]:
-    """The scores of each strategy, one a seed."""
-    complete = board.runs[board.runs["status"] == "complete"]
-    by_row = complete.groupby("row")[board.headline]
-    return [by_row.get_group(place).to_numpy(np.float64) for place in places]
+def _by_seed(board: Board, places: Sequence[int]) -> Floats:
+    """[strategies, seeds]: scores for the seeds that all of them have."""
+    complete = board.runs[(board.runs["status"] == "complete") & board.runs["row"].isin(places)]
+    scores = complete.pivot(index="row", columns="seed", values=board.headline).loc[list(places)]
+    known: Floats = scores.dropna(axis=1).to_numpy(np.float64)
+    return known
 
 
-def _by_chance(scores: Sequence[Floats], seed: int) -> tuple[float | None, float | None]:
-    """Median and 2.5 % quantile of tau between means over seeds that are drawn twice."""
-    if len(scores) < 2 or min(map(len, scores)) < 2:
+def _halves(scores: Floats) -> tuple[float | None, float | None]:
+    """Median and smallest tau between means over one half of the seeds and over the other."""
+    count = scores.shape[1]
+    if len(scores) < 2 or count < 2:
         return None, None
-    generator = np.random.default_rng(seed)
-    means = [
-        np.stack([generator.choice(s, (RESAMPLES, len(s))).mean(1) for s in scores])
-        for _ in range(2)
-    ]
-    upper = np.triu_indices(len(scores), 1)
-    first, second = (np.sign(m[upper[0]] - m[upper[1]]) for m in means)
-    size = np.sqrt((first**2).sum(0) * (second**2).sum(0))
-    taus = (first * second).sum(0)[size > 0] / size[size > 0]
-    if not len(taus):
-        return None, None
-    median, low = np.quantile(taus, [0.5, 0.025])
-    return float(median), float(low)
+    taus = []
+    for half in _splits(count):
+        one = scores[:, half].mean(1)
+        other = np.delete(scores, half, axis=1).mean(1)
+        taus.append(rank_agreement(one, other))
+    known = [tau for tau in taus if tau is not None]
+    return (float(np.median(known)), min(known)) if known else (None, None)
+
+
+def _splits(count: int) -> Iterator[list[int]]:
+    """One half of each way to halve so many seeds; of many seeds, drawn ways."""
+    if count > MOST:
+        generator = np.random.default_rng(0)
+        yield from (list(generator.permutation(count)[: count // 2]) for _ in range(SPLITS))
+        return
+    for half in itertools.combinations(range(count), count // 2):
+        if count % 2 or half[0] == 0:  # else it is the other half of one that was there
+            yield list(half)
 
 
 def _swapped(first: Floats, second: Floats) -> tuple[int, int]:

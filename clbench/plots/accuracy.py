@@ -90,7 +90,9 @@ def matrices(series: Series, title: str = "") -> Figure:
     bar.set_label("accuracy, %", size=8)
     bar.outline.set_visible(False)
     if title:
-        figure.suptitle(style.plain(title, int(11 * figure.get_figwidth())), size=9, x=0.01, ha="left")
+        figure.suptitle(
+            style.plain(title, int(11 * figure.get_figwidth())), size=9, x=0.01, ha="left"
+        )
     return figure
 
 
