@@ -6,7 +6,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -21,8 +21,8 @@ from clbench.results import Result
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Lines and maps in one figure, the best rows first.
-LINES, MAPS = 8, 6
+#: Lines, maps and points in one figure, of the best rows: more could not be told apart.
+LINES, MAPS, POINTS = 8, 6, 24
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,20 @@ def _of_board(section: str, board: Board, results: Mapping[str, Result]) -> Iter
             ("matrices", f"Accuracy matrices, means over seeds{maximal}", accuracy.matrices, maps),
         ]
     if scored > 1:
-        plans.append(("cost", "The score against seconds of training", costs.cost, board))
-        if board.table["memory_samples"].nunique() > 1:
-            plans.append(("memory", "The score against samples kept", costs.memory, board))
-        lost, won = (costs.TITLES[name].removesuffix(", %") for name in costs.trade(board))
-        plans.append(("trade", f"{won.capitalize()} against {lost}", costs.plasticity, board))
+        plans += _of_costs(replace(board, table=board.table.head(POINTS)), scored)
     for kind, caption, draw, what in plans:
         name = _name(kind, board.scenario, board.protocol, board.options)
         yield section, name, f"{caption}, {title}", functools.partial(draw, what, title)
+
+
+def _of_costs(board: Board, scored: int) -> Iterator[tuple[str, str, Callable[..., Figure], Any]]:
+    """Figures with a point for each of the best rows."""
+    best = f", the {POINTS} best of {scored}" if scored > POINTS else ""
+    yield "cost", f"The score against seconds of training{best}", costs.cost, board
+    if board.table["memory_samples"].nunique() > 1:
+        yield "memory", f"The score against samples kept{best}", costs.memory, board
+    lost, won = (costs.TITLES[name].removesuffix(", %") for name in costs.trade(board))
+    yield "trade", f"{won.capitalize()} against {lost}{best}", costs.plasticity, board
 
 
 def _series(board: Board, results: Mapping[str, Result], most: int) -> dict[str, list[Result]]:

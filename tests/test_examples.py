@@ -1,0 +1,65 @@
+"""The examples run as they are written, and say what they should."""
+
+from __future__ import annotations
+
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+import made_up
+import pytest
+
+from clbench import metrics, userspace
+from clbench.results import Result
+
+EXAMPLES = userspace.suite() / "examples"
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """Six seeds of two strategies, a trial of a search, and a run that failed."""
+    for seed in range(6):
+        for name, score in (("finetune", 0.2), ("replay", 0.8)):
+            run = made_up.run(name, seed)
+            scores = {"average_accuracy": score + 0.01 * seed}
+            made_up.stored(tmp_path, replace(run, metrics=scores))
+    made_up.stored(
+        tmp_path,
+        made_up.run("replay", 10**6, tuned={"protocol": "trial"}),
+        made_up.failed(made_up.run("replay", 7)),
+    )
+    return tmp_path
+
+
+def said(name: str, folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    runpy.run_path(str(EXAMPLES / name))["main"](str(folder), *arguments)
+    return capsys.readouterr().out
+
+
+def test_there_is_a_test_for_each() -> None:
+    names = {"means_and_intervals.py", "paired_comparison.py", "forgetting_elsewhere.py"}
+    assert {file.name for file in EXAMPLES.glob("*.py")} == names
+
+
+def test_means_and_intervals(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = said("means_and_intervals.py", results, capsys).splitlines()
+    # Deviation of 0..5 is √3.5 = 1.871, t of five degrees 2.571, √6 = 2.449: 1.96 points.
+    assert first.split() == ["digits", "finetune", "22.5", "±", "2.0", "(6)"]
+    assert second.split() == ["digits", "replay", "82.5", "±", "2.0", "(6)"]
+
+
+def test_paired_comparison(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = said("paired_comparison.py", results, capsys, "digits", "finetune").splitlines()
+    # All six differences have one sign: 2 / 2⁶ = 0.031.
+    assert line.split() == ["replay", "+60.0", "points,", "p", "=", "0.031"]
+
+
+def test_forgetting_elsewhere(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said("forgetting_elsewhere.py", results, capsys)
+    assert set(metrics.FORGETTING_CONVENTIONS) <= set(text.split())
+    runs = [
+        Result.from_json(path.read_text())
+        for path in sorted(results.glob("runs/digits-finetune-*/result.json"))
+    ]
+    mean = sum(metrics.forgetting(run.accuracy_matrix) or 0 for run in runs) / len(runs)
+    assert f"{100 * mean:.1f}" in text
