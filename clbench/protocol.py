@@ -367,7 +367,8 @@ class _Loop:
             self.costs["evaluate_seconds"] += spent
 
     def _save(self, experience: Experience) -> None:
-        if self.folder is None or experience.index + 1 == len(self.stream.experiences):
+        last = experience.index + 1 == len(self.stream.experiences)
+        if self.folder is None or last or not self.strategy.resumable:
             return
         content = {
             "next": experience.index + 1,

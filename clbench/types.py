@@ -333,6 +333,8 @@ class Strategy(ABC):
     settings: ClassVar[frozenset[Setting]]
     #: May go back to the data of earlier experiences (a reference, not a continual learner).
     revisits: ClassVar[bool] = False
+    #: All of its state can be saved; else an interrupted run begins anew.
+    resumable: ClassVar[bool] = True
     #: Conformance checks that this method cannot pass, each with the reason.
     expected_failures: ClassVar[Mapping[str, str]] = {}
 
