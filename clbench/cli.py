@@ -99,10 +99,11 @@ def _sweep_folder() -> Iterator[None]:
     if not {"-m", "--multirun"} & set(sys.argv[1:]):
         yield
         return
-    overrides = [i for i, a in enumerate(sys.argv) if i and "=" in a and not a.startswith("-")]
+    overrides = [a for a in sys.argv[1:] if "=" in a and not a.startswith("-")]
+    flags = [a for a in sys.argv[1:] if a not in overrides]
     with tempfile.TemporaryDirectory(prefix="clbench-sweep-") as folder:
-        # Beside the other overrides: argparse refuses overrides on both sides of a flag.
-        sys.argv.insert(min(overrides, default=len(sys.argv)), f"hydra.sweep.dir={folder}")
+        # argparse refuses overrides on both sides of a flag, which people write all the same.
+        sys.argv[1:] = [*flags, f"hydra.sweep.dir={folder}", *overrides]
         yield
 
 

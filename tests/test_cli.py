@@ -412,8 +412,10 @@ def test_a_sweep_runs_every_combination(work: Path, command: Command) -> None:
     assert listing(work)[:2] == ["results", "results/runs"], "nothing of Hydra's is left"
 
 
-def test_the_flag_of_a_sweep_may_come_last(work: Path, command: Command) -> None:
-    assert command("strategy=finetune", *QUICK, "seed=0,1", "--multirun").returncode == 0
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_the_flag_of_a_sweep_may_stand_anywhere(place: int, work: Path, command: Command) -> None:
+    arguments = ["strategy=finetune", *QUICK, "seed=0,1"]
+    assert command(*arguments[:place], "--multirun", *arguments[place:]).returncode == 0
     assert len(results(work)) == 2
 
 
