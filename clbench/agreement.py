@@ -67,7 +67,7 @@ def verdict(one: Agreement) -> str:
         return f"{len(one.table)} strategies in both: too few, or too equal, to have an order."
     words = f"Kendall's tau is {one.tau:.2f} over {len(one.table)} strategies: "
     words += f"{one.swapped} of {one.pairs} pairs swap."
-    if one.halves is not None and one.lowest is not None:
+    if one.swapped and one.halves is not None and one.lowest is not None:
         more = one.tau < one.lowest
         words += (
             " Half of the seeds rank the two-phase runs as the other half does to "

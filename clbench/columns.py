@@ -14,7 +14,7 @@ from clbench.leaderboard import Board
 Kind = Literal["words", "rank", "percent", "seconds", "count", "bytes", "ratio", "flag", "seeds"]
 #: Of a cell that has no number.
 NOTHING = "-"
-PROTOCOLS = {"two_phase": "two phases", "conventional": "conventional"}
+PROTOCOLS = {"two_phase": "two phases", "conventional": "conventional", "untuned": "not tuned"}
 
 
 @dataclass(frozen=True)
@@ -160,14 +160,17 @@ def option(value: Any) -> str:
 
 def told(board: Board) -> str:
     """What tells a board from others of its scenario; empty if nothing does."""
-    return ", ".join(f"{_name(k)} = {option(_here(board, k))}" for k in board.differs)
+    parts = [option(_here(board, k)) for k in board.differs if k == "protocol"]
+    parts += [f"{_name(k)} = {option(_here(board, k))}" for k in board.differs if k != "protocol"]
+    return ", ".join(parts)
 
 
 def why(board: Board) -> str:
     """Why a board is apart from others of its scenario, in a sentence; empty if it is not."""
     parts = []
     for name, values in board.differs.items():
-        here, elsewhere = option(_here(board, name)), " or ".join(map(option, values))
+        words = (PROTOCOLS.get(v, v) if name == "protocol" else v for v in values)
+        here, elsewhere = option(_here(board, name)), " or ".join(map(option, words))
         parts.append(f"{_name(name)} is {here} here, {elsewhere} elsewhere")
     return f"Apart from other boards of {board.scenario}: {'; '.join(parts)}." if parts else ""
 
@@ -178,7 +181,9 @@ def described(board: Board) -> list[tuple[str, str]]:
 
 
 def _here(board: Board, name: str) -> Any:
-    return board.protocol if name == "protocol" else board.options.get(name)
+    if name == "protocol":
+        return PROTOCOLS.get(board.protocol, board.protocol)
+    return board.options.get(name)
 
 
 def _name(key: str) -> str:

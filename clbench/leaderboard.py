@@ -294,24 +294,28 @@ def _averages(group: pd.DataFrame, whole: pd.Series) -> pd.DataFrame:
 
 
 def _labels(rows: pd.DataFrame, varying: Sequence[str]) -> pd.Series:
-    """Names of rows, each with what tells it from its namesakes."""
+    """Names of rows, each with what tells it from its namesakes: protocol, options, study."""
     names = pd.Series([label(row) for _, row in rows.iterrows()], rows.index)
-    for _, index in names.groupby(names).groups.items():
-        if len(index) < 2:
-            continue
-        namesakes = rows.loc[index]
-        telling = [k for k in varying if namesakes[k].nunique(dropna=False) > 1]
-        words = pd.Series([_words(row, telling) for _, row in namesakes.iterrows()], index)
-        if not words.is_unique:
-            long = [_words(row, telling, str) for _, row in namesakes.iterrows()]
-            words = pd.Series(long, index)
-        protocol = _protocol(namesakes)
-        if protocol.is_unique:
-            words = protocol.str.replace("_", "-")
-        elif not words.is_unique:
-            words += [f", study {s}" if isinstance(s, str) else "" for s in namesakes["study"]]
-        names.loc[index] = names.loc[index] + " (" + words.str.removeprefix(", ") + ")"
+    protocols = _protocol(rows).str.replace("_", "-")
+    for _, namesakes in rows.groupby(names):
+        apart = protocols[namesakes.index]
+        for protocol, same in namesakes.groupby(apart):
+            words = _telling(same, varying) if len(same) > 1 else [""]
+            if apart.nunique() > 1:
+                words = [", ".join(filter(None, (str(protocol), w))) for w in words]
+            names[same.index] += [f" ({w})" if w else "" for w in words]
     return names
+
+
+def _telling(rows: pd.DataFrame, varying: Sequence[str]) -> list[str]:
+    """The options, or the studies, that tell rows apart."""
+    telling = [k for k in varying if rows[k].nunique(dropna=False) > 1]
+    for written in (_short, str):
+        words = [_words(row, telling, written) for _, row in rows.iterrows()]
+        if len(set(words)) == len(words):
+            return words
+    studies = rows["study"] if "study" in rows else pd.Series("", rows.index)
+    return [f"{w}, study {s}".removeprefix(", ") for w, s in zip(words, studies, strict=True)]
 
 
 def _short(value: Any) -> str:

@@ -193,6 +193,22 @@ def test_namesakes_are_told_apart_by_the_options_that_differ() -> None:
     assert list(board.table["name"]) == ["a", "a", "b"]
 
 
+def test_what_was_tuned_needs_no_options_to_be_told_from_what_was_not() -> None:
+    (board,) = boards(
+        *(run("a", seed, 0.5, **TUNED) for seed in range(2)),
+        run("a", 0, 0.3, **{"strategy.lr": 0.123456}),
+        run("a", 0, 0.2, **{"strategy.lr": 1e-9}),
+    )
+    names = ["a (two-phase)", "a (untuned, lr=0.1235)", "a (untuned, lr=1e-09)"]
+    assert list(board.table["strategy"]) == names
+
+
+def test_options_that_differ_in_their_last_digits_are_written_out() -> None:
+    values = (0.123456, 0.123457)
+    (board,) = boards(*(run("a", 0, v, **{"strategy.lr": v}) for v in values))
+    assert list(board.table["strategy"]) == ["a (lr=0.123457)", "a (lr=0.123456)"]
+
+
 def test_wrappers_are_named_with_what_they_wrap() -> None:
     (board,) = boards(
         run("refresh", 0, 0.3, base="derpp", **{"strategy.base.alpha": 0.1}),

@@ -117,14 +117,15 @@ NASTY = ["_hidden", "a$\\frac$b", "<script>", "x" * 300, "", "\x00\ud800\n", "�
 def test_curves_are_means_over_what_was_met_with_student_s_bands() -> None:
     one = matrix_run([1.0, None], [0.5, 0.9])
     two = matrix_run([0.8, None], [0.3, 0.7])
-    figure = accuracy.curves({"a": [one, two], "b": [one]}, "t")
+    three = matrix_run([0.9, None], [0.4, 0.8])
+    figure = accuracy.curves({"a": [one, two, three], "b": [one], "c": [one, two]}, "t")
     found = lines(figure)
     assert found[0] == ([1, 2], pytest.approx([90, 60]))
     assert found[1] == ([1, 2], pytest.approx([100, 70]))
     (band,) = figure.axes[0].collections
-    # Means 90 and 60; deviation 14.14, /√2 = 10, times 12.706 is beyond 0 and 100.
+    # Both deviations are 10, /√3 = 5.774, times 4.303 = 24.84; nothing is above 100.
     heights = band.get_paths()[0].vertices[:, 1]
-    assert (heights.min(), heights.max()) == (0, 100)
+    assert sorted(set(heights.round(1))) == [35.2, 65.2, 84.8, 100]
     assert {"a", "b", "t"} <= set(shown(figure))
 
 

@@ -23,6 +23,8 @@ Series = Mapping[str, Sequence[Result]]
 
 #: More experiences than this have no number in each cell.
 NUMBERED = 10
+#: The interval of two seeds is nine deviations wide: a band of it hides everything else.
+BANDED = 3
 _COLUMNS = 3
 
 
@@ -99,13 +101,13 @@ def matrices(series: Series, title: str = "") -> Figure:
 def banded(
     axes: Axes, x: Floats | NDArray[np.int_], values: Floats, mark: style.Mark, lowest: float = 0.0
 ) -> Line2D:
-    """A line of means with a 95 % band, in percent; returns the line."""
+    """A line of means, in percent, with a 95 % band from `BANDED` seeds on; returns the line."""
     mean = 100 * values.mean(0)
     sparse = -(-len(x) // 12)
     (line,) = axes.plot(
         x, mean, color=mark.colour, marker=mark.marker, ls=mark.line, markevery=sparse
     )
-    if len(values) > 1:
+    if len(values) >= BANDED:
         half = 100 * half_width(len(values)) * values.std(0, ddof=1)
         low, high = np.clip(mean - half, lowest, 100), np.clip(mean + half, lowest, 100)
         axes.fill_between(x, low, high, color=mark.colour, alpha=0.15, lw=0)
