@@ -92,20 +92,20 @@ class GlyphViT(Backbone):
     embed_dim: int = 96
     depth: int = 4
     num_heads: int = 3
-    n_classes: int = 0
+    n_classes: int = 20
     train_per_class: int = 100
     test_per_class: int = 20
-    epochs: int = 7
+    epochs: int = 36
     batch_size: int = 64
     learning_rate: float = 3e-3
-    muon_learning_rate: float = 3e-3
+    muon_learning_rate: float = 4e-3
     weight_decay: float = 0.05
     warmup: float = 0.1
     hidden_patches: float = 0.5
     whole: float = 0.2
     shift: float = 2.0
     scale: float = 0.1
-    contrast: float = 0.2
+    contrast: float = 0.1
     recolour: bool = True
     seed: int = 0
     cache_dir: Path | None = field(default=None, metadata=LOCATION)
