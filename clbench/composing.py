@@ -14,7 +14,7 @@ from clbench import userspace
 from clbench.errors import did_you_mean
 
 #: Parts of a run that are chosen by name, each a folder of conf/.
-GROUPS = ("scenario", "strategy", "backbone", "budget")
+GROUPS = ("scenario", "strategy", "backbone", "language_model", "budget")
 
 
 def composed(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:

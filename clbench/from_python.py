@@ -141,8 +141,8 @@ def _refuse(overrides: Sequence[str], objects: Mapping[str, Scenario | Strategy]
             raise UserError(f"Can't read the override {override!r}. It is written key=value.")
         if head in _ARGUMENTS:
             raise UserError(f"{override!r} is no override here: say run(..., {head}=...).")
-        if head in objects or (head == "backbone" and "scenario" in objects):
-            part = "scenario" if head == "backbone" else head
+        part = "scenario" if head in ("backbone", "language_model") else head
+        if part in objects:
             raise UserError(
                 f"{override!r} has no effect: the {part} is an object. Change it by "
                 f"dataclasses.replace({part}, ...)."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -214,8 +215,9 @@ def concatenate(parts: Sequence[Samples]) -> Samples:
     return Samples(parts[0].source, index, parts[0].transform)
 
 
-#: Batches among which samples are sorted by length.
-_WINDOW = 50
+#: Samples whose lengths differ by less than this factor may share a batch: at most a fifth of it
+#: is padding then, and batches are no more alike than that takes.
+_STRETCH = 1.25
 
 
 def neighbours(
@@ -223,8 +225,8 @@ def neighbours(
 ) -> Tensor:
     """An order rearranged so that samples of similar length share a batch.
 
-    Every `_WINDOW` batches are sorted by length, ties in the given order, then all batches come in
-    a random order. What does not fill a batch stays at the end.
+    Lengths fall into classes, each wider than the last by `_STRETCH`; samples of a class stay in
+    the given order. Batches come in a random order. What does not fill one stays at the end.
 
     Args:
         order: Positions in a random order, [N] int64.
@@ -236,10 +238,8 @@ def neighbours(
     whole, rest = order[: count * batch_size], order[count * batch_size :]
     if not count:
         return order
-    sorted_ = [
-        part[lengths[part].argsort(stable=True)] for part in whole.split(_WINDOW * batch_size)
-    ]
-    batches = torch.cat(sorted_).view(count, batch_size)
+    classes = (lengths[whole].clamp_min(1).double().log() / math.log(_STRETCH)).floor()
+    batches = whole[classes.argsort(stable=True)].view(count, batch_size)
     turn = torch.randperm(count, generator=generator, device=order.device)
     return torch.cat((batches[turn].flatten(), rest))
 

@@ -19,13 +19,17 @@ from suite import composed, configured
 from clbench import userspace
 from clbench.config import RESERVED, build, target_class
 from clbench.nn.backbones import Backbone
+from clbench.text.decoders import Decoder
 from clbench.types import Scenario, Strategy
 
 KINDS: dict[str, type[Any]] = {
     "scenario": Scenario,
     "strategy": Strategy,
     "backbone": Backbone,
+    "language_model": Decoder,
 }
+#: A scenario that has a part of this group, where the default scenario has none.
+WITHIN = {"language_model": ["scenario=string_instructions"]}
 EVERY_YAML = pytest.mark.parametrize(
     ("group", "name"), [(group, name) for group in KINDS for name in configured(group)]
 )
@@ -61,18 +65,18 @@ def module_of(group: str, name: str) -> list[str]:
 
 @EVERY_YAML
 def test_composes_and_builds(group: str, name: str) -> None:
-    tree = composed(f"{group}={name}")
+    tree = composed(f"{group}={name}", *WITHIN.get(group, []))
     for part in ("scenario", "strategy"):
         assert isinstance(build(tree[part], KINDS[part], part), KINDS[part])
-    assert group == "backbone" or tree[group]["_target_"] == raw(group, name)["_target_"]
-    if group == "backbone":
-        assert tree["scenario"]["backbone"]["_target_"] == raw(group, name)["_target_"]
+    assert tree[group]["_target_"] == raw(group, name)["_target_"]
+    if group not in ("scenario", "strategy"):
+        assert tree["scenario"][group]["_target_"] == raw(group, name)["_target_"]
 
 
 @EVERY_YAML
 def test_lists_every_field_of_its_class_and_nothing_else(group: str, name: str) -> None:
     seen = 0
-    for where, node in nodes(composed(f"{group}={name}")[group], group):
+    for where, node in nodes(composed(f"{group}={name}", *WITHIN.get(group, []))[group], group):
         target = class_of(node)
         assert is_dataclass(target)
         options = {f.name for f in fields(target) if f.init}
@@ -166,7 +170,7 @@ def test_every_option_of_config_yaml_has_a_default_and_is_read() -> None:
     from clbench.protocol import Conditions
 
     own = {f.name for f in fields(Command)} | {f.name for f in fields(Conditions)}
-    assert set(tree) == own | set(GROUPS)
+    assert set(tree) == own | set(GROUPS) - WITHIN.keys()
 
 
 def test_the_conditions_of_config_yaml_are_the_defaults_of_the_class() -> None:

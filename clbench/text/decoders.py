@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -115,7 +116,10 @@ class Decoder(ABC):
         else:
             config = self._peft_config(peft)
         try:
-            model.decoder = peft.get_peft_model(model.decoder, config)
+            with warnings.catch_warnings():
+                # What peft calls by its old name in transformers is nothing that users can mend.
+                warnings.simplefilter("ignore", FutureWarning)
+                model.decoder = peft.get_peft_model(model.decoder, config)
         except ValueError as error:
             raise UserError(f"language_model.tuning={self.tuning} does not fit: {error}") from error
 

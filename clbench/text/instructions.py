@@ -11,14 +11,22 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from clbench import config, source_model
+from clbench import source_model
 from clbench.errors import UserError, did_you_mean
 from clbench.nn.transforms import Identity, Transform
 from clbench.samples import Samples
 from clbench.text import decoders
 from clbench.text.answering import Answering, Method, decoding, padding_share
 from clbench.text.decoders import Decoder
-from clbench.text.encoding import Example, Task, Template, TextSource, encode, longest_answer
+from clbench.text.encoding import (
+    PADDING,
+    Example,
+    Task,
+    Template,
+    TextSource,
+    encode,
+    longest_answer,
+)
 from clbench.text.language_model import LanguageModel
 from clbench.text.tokenizers import Bytes, Published, Tokenizer, Trained
 from clbench.types import (
@@ -155,17 +163,14 @@ class InstructionScenario(Scenario):
         )
 
     def model(self, seed: int, stream: Stream) -> nn.Module:  # noqa: ARG002
-        first = stream.experiences[0].train
-        assert first is not None
-        source = first.source
-        assert isinstance(source, TextSource)
-        model = self.language_model.assemble(source.tokenizer, source.targets.shape[1])
-        self.teach(model, stream)
+        model = self.fresh(stream)
         self.language_model.adapt(model)
         return model
 
-    def teach(self, model: LanguageModel, stream: Stream) -> None:
-        """What a model learns before the stream; by default nothing."""
+    def fresh(self, stream: Stream) -> LanguageModel:
+        """The model as it is before the stream, all of it to be trained."""
+        source = text_source(stream.experiences[0].train)
+        return self.language_model.assemble(source.tokenizer, source.targets.shape[1])
 
     def model_facts(self, model: nn.Module) -> Mapping[str, Any]:
         assert isinstance(model, LanguageModel)
@@ -283,16 +288,15 @@ def _base(
     return Samples(source, torch.cat(rows), transform) if rows else None
 
 
-def taught_key(scenario: InstructionScenario, stream: Stream) -> Mapping[str, Any]:
-    """What decides a model that is taught on a stream's source: architecture, text and ids."""
-    assert stream.source is not None
-    source = stream.source.source
-    assert isinstance(source, TextSource)
-    rows = source.inputs[stream.source.index]
-    options = {"name": scenario.language_model.title, **config.options(scenario.language_model)}
-    return {
-        "language_model": options,
-        "tokenizer": dict(source.tokenizer.facts()),
-        "answer_length": source.targets.shape[1],
-        "rows": source_model.sha256(rows),
-    }
+def text_source(samples: Samples | None) -> TextSource:
+    """Where the samples of a stream of text lie."""
+    assert samples is not None
+    assert isinstance(samples.source, TextSource)
+    return samples.source
+
+
+def rows_sha256(samples: Samples) -> str:
+    """Of the codes of some samples, however wide the tensor is that holds them."""
+    rows = text_source(samples).inputs[samples.index]
+    used = int((rows != PADDING).any(0).nonzero().amax()) + 1
+    return source_model.sha256(rows[:, :used])

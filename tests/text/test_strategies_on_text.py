@@ -172,7 +172,9 @@ def test_der_compares_the_logits_of_answer_tokens() -> None:
     now, then = strategy.model(recalled.inputs)[known], recalled.extras["logits"][known]
     outputs = strategy.model(batch.inputs)
     plain = F.cross_entropy(outputs.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED)
-    assert loss.item() == pytest.approx((plain + 0.7 * (now - then).square().mean()).item(), rel=1e-5)
+    assert loss.item() == pytest.approx(
+        (plain + 0.7 * (now - then).square().mean()).item(), rel=1e-5
+    )
     assert not then.isnan().any()
     assert recalled.extras["logits"].shape[1:] == (TOY_ANSWER, stream.n_outputs)
 
