@@ -287,7 +287,7 @@ class AvalancheDomains(AvalancheScenario, ABC):
 
 
 def _views(dataset: Any) -> Views:
-    return Views(_Leaves(dataset), dataset.eval(), dataset.train())
+    return Views(_Leaves(dataset), dataset.eval(), dataset.train(), dataset.targets)
 
 
 class _Leaves(Sequence[Any]):

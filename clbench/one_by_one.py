@@ -28,17 +28,19 @@ _ROUNDING = 1e-4
 
 @dataclass(frozen=True)
 class Views:
-    """One labelled dataset in three ways; each gives a sample and its label.
+    """One labelled dataset in three ways; each gives tuples that begin with the sample.
 
     Attributes:
         plain: Without any transform.
         tested: With the transform of evaluation.
         learned: With the transform of training.
+        labels: Of each sample.
     """
 
     plain: Sequence[Any]
     tested: Sequence[Any]
     learned: Sequence[Any]
+    labels: Sequence[int]
 
 
 class Stored:
@@ -92,13 +94,13 @@ class Stored:
         row = 0
         for views in datasets:
             for i in range(len(views.plain)):
-                sample, (content, label) = self._sample(views, i), views.plain[i][:2]
+                sample, content = self._sample(views, i), views.plain[i][0]
                 if sample.shape != self.shape:
                     raise UserError(
                         f"The benchmark's samples have different shapes, {list(self.shape)} and "
                         f"{list(sample.shape)}. Give it transforms that resize them."
                     )
-                out[row], labels[row] = sample.numpy(), int(label)
+                out[row], labels[row] = sample.numpy(), int(views.labels[i])
                 self.contents[row] = hashlib.blake2b(_bytes(content), digest_size=12).digest()
                 row += 1
         if isinstance(out, np.memmap):
