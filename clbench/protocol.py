@@ -388,6 +388,9 @@ class _Loop:
 
     def _resume(self) -> int:
         """Continues an interrupted run; returns the experience to learn next."""
+        if self.folder and not self.strategy.resumable:
+            self.folder.log("this strategy can't be saved: if interrupted, the run begins anew")
+            return 0
         saved = checkpoint.load(self.folder.checkpoint, self.device) if self.folder else None
         if saved is None or self.folder is None:
             return 0
