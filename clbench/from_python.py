@@ -158,7 +158,8 @@ def _lines(overrides: Overrides) -> list[str]:
     lines = []
     for key, value in overrides.items():
         choice = key.partition("@")[0] in GROUPS and isinstance(value, str)
-        lines.append(f"{key}={value if choice else _grammar(value)}")
+        new = "++" if isinstance(value, Mapping) else ""  # its keys need not be there before
+        lines.append(f"{new}{key}={value if choice else _grammar(value)}")
     return lines
 
 

@@ -54,6 +54,17 @@ def test_overrides_may_be_lines_or_a_mapping_of_plain_values() -> None:
     assert one.run["options"]["strategy"]["optimizer"] == "adam"
 
 
+@pytest.mark.usefixtures("work")
+def test_a_mapping_of_values_is_one_value() -> None:
+    asked = {"strategy.name": "EWC", "strategy.arguments": {"ewc_lambda": 2.5, "mode": "separate"}}
+    found = run(TOY, "avalanche", 0, asked, threads=1)
+    assert found.run["options"]["strategy"]["arguments"] == asked["strategy.arguments"]
+    with pytest.raises(UserError, match=r"strategy\.arguments\.lamda is no argument of EWC"):
+        run(TOY, "avalanche", 0, {"strategy.name": "EWC", "strategy.arguments": {"lamda": 1}})
+    with pytest.raises(UserError, match=r"strategy\.argument is no option of Avalanche"):
+        run(TOY, "avalanche", 0, {"strategy.argument": {"lamda": 1}})
+
+
 TEXTS = [
     "a 'b', c",
     "a\\b",
