@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clbench import cache
+from clbench import cache, config
 from clbench.machine import isolated_rng, thread_count
 from clbench.progress import counting
 from clbench.samples import Samples
@@ -93,6 +93,11 @@ def digest(model: torch.nn.Module) -> str:
         sha.update(json.dumps([name, [*tensor.shape]]).encode())
         sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()
+
+
+def described(part: Any) -> dict[str, Any]:
+    """The options of a part of a scenario that decide its weights, plain data for a key."""
+    return config.options(part)
 
 
 def sha256(tensor: Tensor) -> str:

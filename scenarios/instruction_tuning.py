@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from clbench import config, source_model
+from clbench import source_model
 from clbench.machine import isolated_rng
 from clbench.text import string_tasks
 from clbench.text.instructions import (
@@ -101,7 +101,7 @@ class StringInstructions(InstructionScenario):
         # What is tuned later does not change what is taught now.
         decided = {
             name: value
-            for name, value in config.options(made).items()
+            for name, value in source_model.described(made).items()
             if not name.startswith(("lora_", "peft_", "tuning", "gradient_"))
         }
         tokenizer = text_source(stream.source).tokenizer

@@ -189,7 +189,7 @@ CHANGED: dict[str, Any] = {
     **{"depth": 2, "num_heads": 1, "n_classes": 3, "train_per_class": 41, "test_per_class": 21},
     **{"epochs": 3, "batch_size": 17, "learning_rate": 1e-4, "muon_learning_rate": 1e-4},
     **{"weight_decay": 0.1, "warmup": 0.2, "hidden_patches": 0.1, "whole": 0.3, "shift": 1.0},
-    **{"scale": 0.2, "contrast": 0.1, "recolour": False, "seed": 1},
+    **{"scale": 0.2, "contrast": 0.3, "recolour": False, "seed": 1},
 }
 
 
