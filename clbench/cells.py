@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from clbench import config, machine, protocol
+from clbench import config, machine, protocol, trackers
 from clbench.errors import UserError
 from clbench.progress import Progress, Silent
 from clbench.protocol import Conditions, Names
@@ -29,6 +29,7 @@ class Cell:
         tuned: Where the hyper-parameters come from; None: nobody tuned them.
         results_dir: Where run folders go.
         force: Repeat a run that is there.
+        tracker: What else shows the run; see `clbench.trackers`.
     """
 
     composed: Mapping[str, Any]
@@ -37,6 +38,7 @@ class Cell:
     tuned: Mapping[str, Any] | None
     results_dir: Path
     force: bool = False
+    tracker: trackers.Name = "none"
 
     def build(self) -> tuple[Scenario, Strategy]:
         """Both parts, checked alone and together, before anything is loaded or written.
@@ -96,6 +98,7 @@ def perform(
     """`execute` for a cell whose parts are built."""
     identity = protocol.identify(scenario, strategy, cell.conditions, cell.names, cell.tuned)
     folder = RunFolder(cell.results_dir, identity["run_id"])
+    tracker = trackers.guarded(cell.tracker, folder)
     with folder.claim():
         earlier = None if cell.force else folder.result()
         if earlier and earlier.status != "failed":
@@ -113,6 +116,7 @@ def perform(
                     tuned=cell.tuned,
                     folder=folder,
                     progress=told,
+                    tracker=tracker,
                 )
         except UserError:
             folder.forget_if_unused()

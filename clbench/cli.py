@@ -50,6 +50,7 @@ class Command:
     untuned: bool
     references: bool
     workers: int
+    tracker: Literal["none", "tensorboard", "wandb", "mlflow"]
     reference_strategies: dict[str, list[str]]
 
 
@@ -269,6 +270,7 @@ def _cell(command: Command, tree: Mapping[str, Any], names: Names | None = None)
         tuned=None,
         results_dir=Path(command.results_dir),
         force=command.force,
+        tracker=command.tracker,
     )
 
 

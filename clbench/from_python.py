@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from clbench import cells, config, protocol, userspace
+from clbench import cells, config, protocol, trackers, userspace
 from clbench.cells import Cell
 from clbench.composing import GROUPS, composed, explained
 from clbench.errors import UserError
@@ -23,7 +24,14 @@ from clbench.types import Scenario, Strategy
 Overrides: TypeAlias = Mapping[str, Any] | Sequence[str] | str
 
 #: Options of the command line that `run` has as arguments.
-_ARGUMENTS = frozenset({*Conditions.__dataclass_fields__, "results_dir", "force", "progress"})
+_ARGUMENTS = frozenset(
+    {*Conditions.__dataclass_fields__, "results_dir", "force", "progress", "tracker"}
+)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    tracker: trackers.Name
 
 
 def run(
@@ -42,6 +50,7 @@ def run(
     results_dir: str | Path | None = None,
     force: bool = False,
     progress: bool = False,
+    tracker: trackers.Name = "none",
 ) -> Result:
     """Runs one strategy through one stream.
 
@@ -66,6 +75,7 @@ def run(
             an ended one is found again; None: nothing is written.
         force: Repeat a run that is there.
         progress: Show a progress bar.
+        tracker: What else shows the run, from its folder; see `clbench.trackers`.
 
     Returns:
         The result: complete, or diverged with the reason.
@@ -84,6 +94,7 @@ def run(
         "evaluate_batch_size": evaluate_batch_size,
     }
     conditions = config.fill(Conditions, given, "")
+    tracker = config.fill(_Shown, {"tracker": tracker}, "").tracker
     tree, names = _composed(scenario, strategy, _lines(overrides))
     if isinstance(scenario, str):
         scenario = config.build(tree["scenario"], Scenario, "scenario")
@@ -94,6 +105,8 @@ def run(
         return Bar(_title(names, seed)) if progress else nullcontext(Silent())
 
     if results_dir is None:
+        if tracker != "none":
+            raise UserError(f"tracker={tracker!r} shows a run folder: give results_dir too.")
         with bar() as told:
             return protocol.run(scenario, strategy, conditions, names=names, progress=told)
     cell = Cell(
@@ -103,6 +116,7 @@ def run(
         tuned=None,
         results_dir=Path(results_dir),
         force=force,
+        tracker=tracker,
     )
     cell.check(scenario, strategy)
     return cells.perform(scenario, strategy, cell, bar).result

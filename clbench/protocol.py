@@ -20,6 +20,7 @@ from clbench.progress import Progress, Silent
 from clbench.results import Matrix, Result, RunFolder, run_id
 from clbench.retention import Retention
 from clbench.state import capture, restore
+from clbench.trackers import Tracker, Untracked, points
 from clbench.types import Context, Experience, Scenario, Setting, Split, Strategy, require
 
 
@@ -120,6 +121,7 @@ def run(
     tuned: Mapping[str, Any] | None = None,
     folder: RunFolder | None = None,
     progress: Progress | None = None,
+    tracker: Tracker | None = None,
 ) -> Result:
     """Runs one strategy through one stream.
 
@@ -131,6 +133,7 @@ def run(
         tuned: Where the hyper-parameters come from; see `identify`.
         folder: Where checkpoints and the result go; None: nowhere.
         progress: Told how far the run is.
+        tracker: Told what there is to show.
 
     Returns:
         The result: complete, or diverged with the reason.
@@ -141,7 +144,8 @@ def run(
     strategy.check(scenario)
     scenario.check(conditions.split)
     result = Result(run=identify(scenario, strategy, conditions, names, tuned))
-    loop = _Loop(scenario, strategy, conditions, result, folder, progress or Silent())
+    tracker = tracker or Untracked()
+    loop = _Loop(scenario, strategy, conditions, result, folder, progress or Silent(), tracker)
     try:
         loop.run()
     except Diverged as error:
@@ -154,11 +158,13 @@ def run(
         if folder:
             folder.log(traceback.format_exc())
             folder.write_result(result)
+        tracker.end(result)
         raise
     if folder:
         folder.write_result(result)
         folder.log(f"{result.status}" + (f": {result.reason}" if result.reason else ""))
         checkpoint.discard(folder.checkpoint)
+    tracker.end(result)
     return result
 
 
@@ -173,9 +179,10 @@ class _Loop:
         result: Result,
         folder: RunFolder | None,
         progress: Progress,
+        tracker: Tracker,
     ) -> None:
         self.scenario, self.strategy, self.conditions = scenario, strategy, conditions
-        self.result, self.folder, self.progress = result, folder, progress
+        self.result, self.folder, self.progress, self.tracker = result, folder, progress, tracker
         self.device = machine.choose_device(conditions.device)
         self.objective = scenario.objective()
         self.step = 0
@@ -199,6 +206,7 @@ class _Loop:
         self.stream = stream.to(self.device)
         model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         threads = self._describe(model)
+        self.tracker.begin(self.result)
         with (
             machine.thread_count(threads),
             machine.deterministic(),
@@ -309,6 +317,8 @@ class _Loop:
         for name, matrix in self._matrices(scores).items():
             matrix.append([*scores[name], *unknown])
         self.costs["evaluate_seconds"] += time.perf_counter() - began
+        for name, row in scores.items():
+            self.tracker.curve(self.step, points(name, row))
         met = scores["accuracy"][: experience.index + 1]
         summary = f"average accuracy {sum(met) / len(met):.3f} over {len(met)}"
         self.progress.finish(summary)
@@ -362,9 +372,9 @@ class _Loop:
                     "accuracies": scores["accuracy"],
                 }
             )
-            spent = time.perf_counter() - began
-            self.evaluating += spent
-            self.costs["evaluate_seconds"] += spent
+            self.costs["evaluate_seconds"] += time.perf_counter() - began
+            self.tracker.curve(self.step, points("anytime_accuracy", scores["accuracy"]))
+            self.evaluating += time.perf_counter() - began
 
     def _save(self, experience: Experience) -> None:
         last = experience.index + 1 == len(self.stream.experiences)
