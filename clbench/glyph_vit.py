@@ -51,9 +51,16 @@ class GlyphViT(Backbone):
     shows a part of the patches only (Li et al. 2023, FLIP, 2212.00794), the rest of it all.
     Position embeddings start as sines and cosines and are trained.
 
-    Made once, in minutes, and kept in the cache folder; `build` then only reads it. The same
-    options give the same weights on the same machine with as many threads; elsewhere the last
-    bits differ, so a result states the hash of what it used. The features are the class token.
+    Few characters on purpose: the nearest mean by cosine among the 100 characters of
+    `scenario=glyphs` is right in 73 to 76 % of the images (two seeds; 1 % before any training), a
+    linear classifier of the same features in 89 to 91 %. On 100 characters for tuning, a run each,
+    30 characters gave 82 % and 50 gave 87 %; trained two and four times as long, 100 gave 97 % and
+    all 374 gave 99.8 %, which leaves a method nothing to improve.
+
+    Made once, in two minutes of CPU time, and kept in the cache folder; `build` then only reads
+    it. The same options give the same weights on the same machine with as many threads; elsewhere
+    the last bits differ, so a result states the hash of what it used. The features are the class
+    token.
 
     Attributes:
         mean: See `Backbone`; also that of the pre-training.
