@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -50,11 +50,13 @@ class Part:
         task: Its name, and what it is scored by.
         train: To learn from.
         test: To be scored on.
+        passes: How often each of `train` comes in one epoch of the scenario.
     """
 
     task: Task
     train: Sequence[Example]
     test: Sequence[Example]
+    passes: int = 1
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,14 @@ class Instructions:
 
     Attributes:
         parts: One for each experience, in the order of the data.
-        base: What a model is taught before the stream, if it is; else empty.
+        base: What a model was taught before the stream, as far as it is known.
+        ordered: Whether the parts come in this order, whatever the seed.
         facts: Plain data for the result file.
     """
 
     parts: Sequence[Part]
     base: Sequence[Part] = ()
+    ordered: bool = False
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -86,7 +90,8 @@ class InstructionScenario(Scenario):
         answer_length: Tokens of an answer at most, its end token included; 0: as many as the
             longest answer to learn has.
         scoring: "generate" answers, or "rank" the labels of tasks that have some.
-        order: Names of the experiences in their order, all or some; empty: drawn from the seed.
+        order: Names of the experiences in their order, all or some; empty: drawn from the seed,
+            or as it was published.
         train_samples: Examples of each experience to learn from, at most; 0: all.
         test_samples: Examples of each experience to be scored on, at most; 0: all.
         cache_dir: Where trained tokenizers and taught models are kept; None: the user's.
@@ -121,7 +126,7 @@ class InstructionScenario(Scenario):
 
     def stream(self, split: Split, seed: int) -> Stream:
         found = self.instructions(split)
-        parts = [self._limited(part) for part in self._ordered(found.parts, seed)]
+        parts = [self._limited(part) for part in self._ordered(found, seed)]
         tokenizer = self._tokenizer([*found.base, *parts])
         taught = [*parts, *found.base]
         length = self._answer_length(taught, tokenizer)
@@ -149,7 +154,7 @@ class InstructionScenario(Scenario):
                 Experience(
                     i,
                     part.task.name,
-                    Samples(train, _rows(taught, i, "train"), transform),
+                    Samples(train, _rows(taught, i, "train").repeat(part.passes), transform),
                     everything,
                 )
                 for i, part in enumerate(parts)
@@ -176,8 +181,11 @@ class InstructionScenario(Scenario):
         assert isinstance(model, LanguageModel)
         return {"backbone": dict(decoders.facts(model))}
 
-    def _ordered(self, parts: Sequence[Part], seed: int) -> list[Part]:
+    def _ordered(self, found: Instructions, seed: int) -> list[Part]:
+        parts = found.parts
         if not self.order:
+            if found.ordered:
+                return list(parts)
             generator = torch.Generator().manual_seed(derive_seed(seed, "order of tasks"))
             return [parts[i] for i in torch.randperm(len(parts), generator=generator).tolist()]
         named = {part.task.name: part for part in parts}
@@ -189,11 +197,11 @@ class InstructionScenario(Scenario):
         return [named[name] for name in self.order]
 
     def _limited(self, part: Part) -> Part:
-        """The first examples as they are drawn once and for all, in their old order."""
-        return Part(
-            part.task,
-            some(part.train, self.train_samples, f"train {part.task.name}"),
-            some(part.test, self.test_samples, f"test {part.task.name}"),
+        """As many examples as the options allow."""
+        return replace(
+            part,
+            train=some(part.train, self.train_samples, f"train {part.task.name}"),
+            test=some(part.test, self.test_samples, f"test {part.task.name}"),
         )
 
     def _tokenizer(self, parts: Sequence[Part]) -> Tokenizer:
@@ -285,7 +293,8 @@ def _base(
 ) -> Samples | None:
     """The examples of all parts from `first` on, if there are any."""
     rows = [_rows(parts, i, kind) for i in range(first, len(parts))]
-    return Samples(source, torch.cat(rows), transform) if rows else None
+    index = torch.cat(rows) if rows else torch.empty(0)
+    return Samples(source, index, transform) if len(index) else None
 
 
 def text_source(samples: Samples | None) -> TextSource:
