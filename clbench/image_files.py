@@ -7,10 +7,11 @@ import io
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,6 +85,21 @@ class ImageFiles:
     def n_train(self) -> int:
         """Training files."""
         return sum(not entry.testing for entry in self.entries)
+
+    def first_of_each_class(self, train: int, test: int) -> ImageFiles:
+        """So many files of each class in either part, the first by name; 0: all of them."""
+        seen: Counter[tuple[int, bool]] = Counter()
+        kept = []
+        for i, (_, label, testing) in enumerate(self.entries):
+            seen[label, testing] += 1
+            limit = test if testing else train
+            if limit == 0 or seen[label, testing] <= limit:
+                kept.append(i)
+        return replace(
+            self,
+            entries=tuple(self.entries[i] for i in kept),
+            sizes=tuple(self.sizes[i] for i in kept),
+        )
 
 
 def listed(root: Path, entries: Iterable[Entry], class_names: Sequence[str]) -> ImageFiles:

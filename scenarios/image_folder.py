@@ -26,14 +26,20 @@ class ImageFolder(FolderImages):
     Attributes:
         channels: 3 (RGB) or 1 (luma, ITU-R 601).
         test_fraction: Part of each class that is for testing where there is no test folder.
+        train_per_class: Training images of each class at most, the first by file name; 0: all.
+        test_per_class: Likewise, for testing.
     """
 
     channels: Literal[1, 3] = 3
     test_fraction: float = 0.2
+    train_per_class: int = 0
+    test_per_class: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "test_fraction", above=0, at_most=0.9)
+        require(self, "train_per_class", "test_per_class", at_least=0)
 
     def list_files(self, root: Path) -> ImageFiles:
-        return train_and_test(root, self.test_fraction)
+        files = train_and_test(root, self.test_fraction)
+        return files.first_of_each_class(self.train_per_class, self.test_per_class)

@@ -181,6 +181,8 @@ def test_contradicting_options_are_refused_before_anything_is_decoded(
         {"tuning_fraction": float("nan")},
         {"test_fraction": 0.0},
         {"n_experiences": 0},
+        {"train_per_class": -1},
+        {"test_per_class": -1},
     ],
 )
 def test_numbers_out_of_range_are_refused_at_once(options: dict[str, Any]) -> None:
@@ -203,6 +205,19 @@ def test_a_run_is_known_by_its_files_not_by_their_place(root: Path) -> None:
     assert run_id(moved) == before
     draw(moved / "train" / "ant" / "another.png")
     assert run_id(moved) != before
+
+
+def test_a_smaller_stream_takes_the_first_images_of_each_class(root: Path) -> None:
+    files = scenario(root, train_per_class=3, test_per_class=1).list_files(root)
+    assert Counter((e.label, e.testing) for e in files.entries) == {
+        (label, testing): 1 if testing else 3 for label in range(4) for testing in (False, True)
+    }
+    assert {Path(e.name).name for e in files.entries} == {"000.png", "001.png", "002.png"}
+    assert [files.sizes[i] for i in range(len(files.entries))] == [
+        (root / e.name).stat().st_size for e in files.entries
+    ]
+    everything = scenario(root).list_files(root)
+    assert scenario(root, train_per_class=10).list_files(root) == everything
 
 
 def test_a_damaged_file_is_counted_in_the_result(root: Path) -> None:
