@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -106,13 +106,7 @@ class Decoder(ABC):
             return
         peft = needed("peft")
         if self.tuning == "lora":
-            config = peft.LoraConfig(
-                r=self.lora_rank,
-                lora_alpha=self.lora_alpha,
-                lora_dropout=self.lora_dropout,
-                target_modules=list(self.lora_targets) or "all-linear",
-                task_type="CAUSAL_LM",
-            )
+            config = low_rank(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets)
         else:
             config = self._peft_config(peft)
         try:
@@ -264,6 +258,24 @@ class Published(Decoder):
             f"there: {error} Name a folder with config.json and model.safetensors, or a name on "
             "the Hugging Face hub."
         )
+
+
+def low_rank(rank: int, alpha: float, dropout: float, targets: Sequence[str]) -> Any:
+    """peft's configuration of low-rank updates.
+
+    Args:
+        rank: r.
+        alpha: An update is multiplied by alpha / rank.
+        dropout: On the inputs of an update.
+        targets: Names of the layers that are updated; empty: all linear ones but the head.
+    """
+    return needed("peft").LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(targets) or "all-linear",
+        task_type="CAUSAL_LM",
+    )
 
 
 def facts(model: LanguageModel) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ _WORDS = "abcdefghijklmnopqrstuvwxyz"
 
 def _tiny() -> Llama:
     """Random features of the size that trained ones have, so that it learns in a few steps."""
-    return Llama(width=24, depth=1, heads=2, inner=16, context_length=16, spread=0.2)
+    return Llama(width=48, depth=1, heads=2, inner=48, context_length=64, spread=0.2)
 
 
 @dataclass(kw_only=True)

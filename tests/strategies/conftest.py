@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clbench.samples import Batch
-from clbench.testing import ToyDrift, ToyScenario
+from clbench.testing import ToyDrift, ToyInstructions, ToyScenario
 from clbench.types import Context, Scenario, Split, Strategy, Stream
 
 S = TypeVar("S", bound=Strategy)
@@ -110,6 +110,17 @@ def drift() -> Callable[..., Bench]:
 
     def make(model: nn.Module | None = None, **options: Any) -> Bench:
         return Bench(ToyDrift(**options), model)
+
+    return make
+
+
+@pytest.fixture
+def instructions() -> Callable[..., Bench]:
+    """Makes a bench of instruction tuning from options of its toy scenario."""
+    pytest.importorskip("peft", reason="the extra `text` is not installed")
+
+    def make(**options: Any) -> Bench:
+        return Bench(ToyInstructions(**options))
 
     return make
 
