@@ -25,6 +25,8 @@ from clbench.composing import GROUPS, explained
 from clbench.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from rich.table import Table
 
     from clbench.cells import Cell
@@ -121,8 +123,8 @@ def _append_to_search_path(folder: Path) -> None:
 def _job(cfg: DictConfig) -> int:
     phases = {
         "run": _run,
-        "tune": _tune,
-        "evaluate": _evaluate,
+        "tune": _only(_tune),
+        "evaluate": _only(_evaluate),
         "benchmark": _benchmark,
         "report": _report,
     }
@@ -166,7 +168,21 @@ def _run(command: Command, tree: Mapping[str, Any]) -> int:
     return _show(ended.result, ended.folder)
 
 
-def _tune(command: Command, tree: Mapping[str, Any], names: Names | None = None) -> int:
+def _only(phase: Callable[..., int]) -> Callable[[Command, Mapping[str, Any]], int]:
+    """One phase of the strategy that was asked for, with processes of its own."""
+
+    def run(command: Command, tree: Mapping[str, Any]) -> int:
+        from clbench.tuning import processes
+
+        with processes(command.workers) as pool:
+            return phase(command, tree, None, pool)
+
+    return run
+
+
+def _tune(
+    command: Command, tree: Mapping[str, Any], names: Names | None, pool: Executor | None
+) -> int:
     """Searches on the tuning split."""
     from clbench import display, tuning
     from clbench.study import Trial
@@ -179,13 +195,15 @@ def _tune(command: Command, tree: Mapping[str, Any], names: Names | None = None)
             text = display.trial(trial)
             print(f"{title} · trial {number}/{budget.trials}: {text}", file=sys.stderr)
 
-    study, place = tuning.tune(cell, budget, command.protocol, command.workers, tell)
+    study, place = tuning.tune(cell, budget, command.protocol, pool, tell)
     _print(display.study(study))
     print(place)
     return 0 if study.chosen is not None else INCOMPLETE
 
 
-def _evaluate(command: Command, tree: Mapping[str, Any], names: Names | None = None) -> int:
+def _evaluate(
+    command: Command, tree: Mapping[str, Any], names: Names | None, pool: Executor | None
+) -> int:
     """Runs the chosen values on the evaluation split."""
     from clbench import display, tuning
     from clbench.cells import Ended
@@ -198,19 +216,22 @@ def _evaluate(command: Command, tree: Mapping[str, Any], names: Names | None = N
             text = f"{title} · seed {ended.result.run['seed']}: {display.ending(ended.result)}"
             print(text + (" (was there)" if ended.earlier else ""), file=sys.stderr)
 
-    ended = tuning.evaluate(cell, budget, command.protocol, command.untuned, done)
+    ended = tuning.evaluate(cell, budget, command.protocol, command.untuned, pool, done)
     _print(display.evaluation([e.result for e in ended]))
     return 0 if all(e.result.status == "complete" for e in ended) else INCOMPLETE
 
 
 def _benchmark(command: Command, tree: Mapping[str, Any]) -> int:
     """Tunes, then evaluates; with its references first, if they are asked for."""
+    from clbench.tuning import processes
+
     codes = []
-    for names, node in _benchmarked(command, tree):
-        mine = {**tree, "strategy": node}
-        codes.append(_tune(command, mine, names))
-        if not codes[-1]:
-            codes.append(_evaluate(command, mine, names))
+    with processes(command.workers) as pool:
+        for names, node in _benchmarked(command, tree):
+            mine = {**tree, "strategy": node}
+            codes.append(_tune(command, mine, names, pool))
+            if not codes[-1]:
+                codes.append(_evaluate(command, mine, names, pool))
     return max(codes)
 
 

@@ -6,8 +6,8 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
@@ -60,11 +60,19 @@ class Budget:
         require(self, "trials", "tuning_seeds", "seeds", "batch", at_least=1)
 
 
+def processes(workers: int) -> AbstractContextManager[Executor | None]:
+    """So many processes that run trials and seeds side by side; None where this one is enough.
+
+    They start when the first work reaches them.
+    """
+    return ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else nullcontext()
+
+
 def tune(
     cell: Cell,
     budget: Budget,
     protocol: Protocol = "two_phase",
-    workers: int = 1,
+    pool: Executor | None = None,
     tell: Callable[[int, Trial], None] = lambda *_: None,
 ) -> tuple[Study, Path]:
     """Searches, or finds what was searched before; goes on where it was interrupted.
@@ -78,7 +86,7 @@ def tune(
         budget: Of the search.
         protocol: "two_phase" tunes on `Split.TUNE` with seeds that no evaluation has;
             "conventional" on the evaluation split and seeds, as most of the literature does.
-        workers: Processes that run trials side by side.
+        pool: Runs the trials of a batch side by side; see `processes`.
         tell: Called with number and outcome of each trial.
 
     Returns:
@@ -96,23 +104,21 @@ def tune(
     shared = 0 if protocol == "conventional" else prove_disjoint(cell)
     trials: list[Trial] = []
     tried: dict[str, Trial] = {}
-    pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else None
-    with pool or nullcontext():
-        while space and len(trials) < budget.trials:
-            so_far = [Outcome(t.values, t.scores, t.state) for t in trials]
-            proposals = propose(space, budget.sampler, budget.trials, budget.batch, 0, so_far)
-            if not proposals:  # a grid with fewer combinations
-                break
-            step = budget.batch if budget.prune else max(budget.batch, workers)
-            batch = proposals[: step if pool or budget.prune else 1]
-            work = partial(plan, so_far if budget.prune else ())
-            # A small space is proposed from twice; its runs are there then, or on their way.
-            new = {_key(v): v for v in batch if _key(v) not in tried}
-            made = pool.map(work, new.values()) if pool else map(work, new.values())
-            tried.update(zip(new, made, strict=True))
-            for values in batch:
-                trials.append(tried[_key(values)])
-                tell(len(trials), trials[-1])
+    while space and len(trials) < budget.trials:
+        so_far = [Outcome(t.values, t.scores, t.state) for t in trials]
+        proposals = propose(space, budget.sampler, budget.trials, budget.batch, 0, so_far)
+        if not proposals:  # a grid with fewer combinations
+            break
+        batch = proposals[: budget.batch] if budget.prune else proposals
+        work = partial(plan, so_far if budget.prune else ())
+        # A small space is proposed from twice; its runs are there then, or on their way.
+        new = {_key(v): v for v in batch if _key(v) not in tried}
+        made = pool.map(work, new.values()) if pool else map(work, new.values())
+        for values in batch:
+            if _key(values) not in tried:
+                tried[_key(values)] = next(made)
+            trials.append(tried[_key(values)])
+            tell(len(trials), trials[-1])
     best = max((t for t in trials if t.mean is not None), key=_mean, default=None)
     chosen = best.values if best else None if space else {}
     study = replace(study, shared_samples=shared, trials=tuple(trials), chosen=chosen)
@@ -125,6 +131,7 @@ def evaluate(
     budget: Budget,
     protocol: Protocol = "two_phase",
     untuned: bool = False,
+    pool: Executor | None = None,
     done: Callable[[Ended], None] = lambda _: None,
 ) -> list[Ended]:
     """The runs of the evaluation phase, with the values that were chosen.
@@ -134,6 +141,7 @@ def evaluate(
         budget: Of the search that chose, and the number of seeds.
         protocol: Under which was searched.
         untuned: Take the configuration's own values, and say so in the result.
+        pool: Runs seeds side by side; see `processes`.
         done: Called after each run.
 
     Raises:
@@ -151,10 +159,12 @@ def evaluate(
             )
         values = study.chosen
         tuned = {"protocol": protocol, "study": study.name, **asdict(budget)}
+    seeds = _evaluation_seeds(cell, budget)
+    cells = [_at(cell, values, Split.EVALUATE, seed, tuned) for seed in seeds]
     ended = []
-    for seed in _evaluation_seeds(cell, budget):
-        ended.append(execute(_at(cell, values, Split.EVALUATE, seed, tuned)))
-        done(ended[-1])
+    for one in pool.map(execute, cells) if pool else map(execute, cells):
+        ended.append(one)
+        done(one)
     return ended
 
 

@@ -175,10 +175,14 @@ def test_a_configuration_proposed_twice_is_run_once(tmp_path: Path) -> None:
     assert study.costs()["tuning_runs"] == len(read(tmp_path)) == 4
 
 
-def test_trials_side_by_side_are_the_same_trials(tmp_path: Path) -> None:
+def test_trials_and_seeds_side_by_side_are_the_same(tmp_path: Path) -> None:
     one, _ = tuning.tune(planned(tmp_path / "one"), SMALL)
-    two, _ = tuning.tune(planned(tmp_path / "two"), SMALL, workers=2)
+    alone = tuning.evaluate(planned(tmp_path / "one"), SMALL)
+    with tuning.processes(2) as pool:
+        two, _ = tuning.tune(planned(tmp_path / "two"), SMALL, pool=pool)
+        together = tuning.evaluate(planned(tmp_path / "two"), SMALL, pool=pool)
     assert [(t.values, t.scores) for t in one.trials] == [(t.values, t.scores) for t in two.trials]
+    assert [e.result.metrics for e in alone] == [e.result.metrics for e in together]
 
 
 def test_pruned_trials_are_kept_and_not_chosen(tmp_path: Path) -> None:
