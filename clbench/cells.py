@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from clbench import config, machine, protocol, trackers
 from clbench.errors import UserError
+from clbench.limits import Limits
 from clbench.progress import Progress, Silent
 from clbench.protocol import Conditions, Names
 from clbench.results import Result, RunFolder
@@ -30,6 +31,7 @@ class Cell:
         results_dir: Where run folders go.
         force: Repeat a run that is there.
         tracker: What else shows the run; see `clbench.trackers`.
+        limits: What the run may take.
     """
 
     composed: Mapping[str, Any]
@@ -39,6 +41,7 @@ class Cell:
     results_dir: Path
     force: bool = False
     tracker: trackers.Name = "none"
+    limits: Limits = field(default_factory=Limits)
 
     def build(self) -> tuple[Scenario, Strategy]:
         """Both parts, checked alone and together, before anything is loaded or written.
@@ -101,9 +104,10 @@ def perform(
     tracker = trackers.guarded(cell.tracker, folder)
     with folder.claim():
         earlier = None if cell.force else folder.result()
-        if earlier and earlier.status != "failed":
+        more = earlier is not None and _has_more_time(earlier, cell.limits)
+        if earlier and earlier.status != "failed" and not more:
             return Ended(earlier, folder, earlier=True)
-        if earlier or cell.force:
+        if cell.force or (earlier and not more):
             folder.clear()
         folder.write_config(OmegaConf.to_yaml(OmegaConf.create(dict(cell.composed))))
         try:
@@ -117,8 +121,16 @@ def perform(
                     folder=folder,
                     progress=told,
                     tracker=tracker,
+                    limits=cell.limits,
                 )
         except UserError:
             folder.forget_if_unused()
             raise
     return Ended(result, folder, earlier=False)
+
+
+def _has_more_time(earlier: Result, limits: Limits) -> bool:
+    """Whether a run that timed out may go on from where it was."""
+    if earlier.status != "timed out":
+        return False
+    return not limits.timeout or limits.timeout > float(earlier.costs.get("timeout") or 0)

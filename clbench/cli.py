@@ -20,9 +20,9 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from clbench import userspace
+from clbench import interruption, userspace
 from clbench.composing import GROUPS, explained
-from clbench.errors import UserError, did_you_mean
+from clbench.errors import Busy, Interrupted, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from clbench.results import Result, RunFolder
     from clbench.tuning import Budget
 
-#: Exit codes: a mistake to mend; a run that did not complete.
-MISTAKE, INCOMPLETE, INTERRUPTED = 2, 1, 130
+#: Exit codes: a mistake to mend; a run that did not complete; Ctrl-C; to be started again later.
+MISTAKE, INCOMPLETE, INTERRUPTED, LATER = 2, 1, 130, 75
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,11 @@ def main() -> int:
         return max(codes, default=0)
 
     try:
-        return _guarded(composed)
+        with interruption.at_once():
+            return _guarded(composed)
+    except Interrupted as signal:
+        print(f"Interrupted ({signal}). The same command continues.", file=sys.stderr)
+        return LATER
     except KeyboardInterrupt:
         print("Interrupted. The same command continues from the last experience.", file=sys.stderr)
         return INTERRUPTED
@@ -84,6 +88,9 @@ def _guarded(action: Callable[[], int]) -> int:
     """Turns what a user can mend into one message and an exit code."""
     try:
         return action()
+    except Busy as error:
+        print(f"error: {error}", file=sys.stderr)
+        return LATER
     except UserError as error:
         message = str(error)
     except (HydraException, OmegaConfBaseException) as error:
@@ -281,12 +288,14 @@ def _cell(command: Command, tree: Mapping[str, Any], names: Names | None = None)
     """What the command line asks to run."""
     from clbench import config
     from clbench.cells import Cell
+    from clbench.limits import Limits
     from clbench.protocol import Conditions
 
-    keys = Conditions.__dataclass_fields__
+    keys, limits = Conditions.__dataclass_fields__, Limits.__dataclass_fields__
     return Cell(
         composed=tree,
         conditions=config.fill(Conditions, {k: tree[k] for k in keys if k in tree}, ""),
+        limits=config.fill(Limits, {k: tree[k] for k in limits if k in tree}, ""),
         names=names or _names(),
         tuned=None,
         results_dir=Path(command.results_dir),

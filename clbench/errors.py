@@ -1,4 +1,4 @@
-"""The two ways a command can end without a result."""
+"""The ways a command can end without a result, and a run without its numbers."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,6 +9,21 @@ class UserError(Exception):
 
     Shown without a traceback. The message says what is wrong, where, and what to do.
     """
+
+
+class Busy(UserError):
+    """Another process has what this one wants: a mistake that time mends."""
+
+
+class Interrupted(BaseException):
+    """A signal has asked a run to stop; what could be saved is. To be started again later.
+
+    Like `KeyboardInterrupt` it is no `Exception`, so that nothing takes it for a failure.
+    """
+
+
+class TimedOut(BaseException):
+    """A run has used up its `timeout`. It ends as "timed out"; no `Exception`, as above."""
 
 
 class Diverged(Exception):

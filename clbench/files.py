@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from clbench.errors import UserError
 _ADVICE = {
     errno.ENOSPC: "the disk is full; free some space",
     errno.EDQUOT: "the disk quota is used up; free some space",
+    errno.EIO: "Input/output error; the disk or the way to it is broken, choose another folder",
+    errno.EXDEV: "a part of the path is another file system; choose a folder that is on one",
+    errno.EFBIG: "the file would be too large for the file system or your limits",
     errno.EACCES: "it is not writable for you; choose another folder",
     errno.EPERM: "it is not writable for you; choose another folder",
     errno.EROFS: "the file system is read-only; choose another folder",
@@ -40,6 +44,17 @@ def write_atomically(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise unwritable(path, error) from error
+
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
+
+
+def sweep(folder: Path) -> None:
+    """Removes what killed writers left half-written; only for who alone writes in this folder."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if _TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                os.unlink(entry)
 
 
 def unwritable(path: Path, error: OSError) -> UserError:

@@ -16,6 +16,7 @@ from clbench import cells, config, protocol, trackers, userspace
 from clbench.cells import Cell
 from clbench.composing import GROUPS, composed, explained
 from clbench.errors import UserError
+from clbench.limits import Limits
 from clbench.progress import Bar, Progress, Silent
 from clbench.protocol import Conditions, Names
 from clbench.results import Result
@@ -25,7 +26,8 @@ Overrides: TypeAlias = Mapping[str, Any] | Sequence[str] | str
 
 #: Options of the command line that `run` has as arguments.
 _ARGUMENTS = frozenset(
-    {*Conditions.__dataclass_fields__, "results_dir", "force", "progress", "tracker"}
+    {*Conditions.__dataclass_fields__, *Limits.__dataclass_fields__}
+    | {"results_dir", "force", "progress", "tracker"}
 )
 
 
@@ -51,6 +53,8 @@ def run(
     force: bool = False,
     progress: bool = False,
     tracker: trackers.Name = "none",
+    timeout: float = 0,
+    checkpoint_every: float = 30,
 ) -> Result:
     """Runs one strategy through one stream.
 
@@ -76,9 +80,11 @@ def run(
         force: Repeat a run that is there.
         progress: Show a progress bar.
         tracker: What else shows the run, from its folder; see `clbench.trackers`.
+        timeout: Seconds that it may take; 0: any. With more of them a later call goes on.
+        checkpoint_every: Minutes between checkpoints within an experience; 0: only between them.
 
     Returns:
-        The result: complete, or diverged with the reason.
+        The result: complete, or diverged, out of memory or timed out, with the reason.
 
     Raises:
         UserError: If a name or an option does not exist, the pair can't work, or the disk refuses.
@@ -95,6 +101,8 @@ def run(
     }
     conditions = config.fill(Conditions, given, "")
     tracker = config.fill(_Shown, {"tracker": tracker}, "").tracker
+    allowed = {"timeout": timeout, "checkpoint_every": checkpoint_every}
+    limits = config.fill(Limits, allowed, "")
     tree, names = _composed(scenario, strategy, _lines(overrides))
     if isinstance(scenario, str):
         scenario = config.build(tree["scenario"], Scenario, "scenario")
@@ -108,15 +116,18 @@ def run(
         if tracker != "none":
             raise UserError(f"tracker={tracker!r} shows a run folder: give results_dir too.")
         with bar() as told:
-            return protocol.run(scenario, strategy, conditions, names=names, progress=told)
+            return protocol.run(
+                scenario, strategy, conditions, names=names, progress=told, limits=limits
+            )
     cell = Cell(
-        composed={**tree, **given},
+        composed={**tree, **given, **allowed},
         conditions=conditions,
         names=names,
         tuned=None,
         results_dir=Path(results_dir),
         force=force,
         tracker=tracker,
+        limits=limits,
     )
     cell.check(scenario, strategy)
     return cells.perform(scenario, strategy, cell, bar).result

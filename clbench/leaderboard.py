@@ -197,7 +197,8 @@ def _incomplete(runs: pd.DataFrame) -> list[tuple[str, str, str]]:
 
 
 def _left_out(names: Sequence[tuple[str, str, str]]) -> pd.DataFrame:
-    order = ["unreadable", "unfinished", "failed", "diverged", "duplicate"]
+    order = ["unreadable", "unfinished", "failed", "diverged", "out of memory", "timed out"]
+    order.append("duplicate")
     known = {kind: place for place, kind in enumerate(order)}
     ranked = sorted(names, key=lambda n: (known.get(n[1], len(order)), *map(str, n)))
     return pd.DataFrame(ranked, columns=["path", "kind", "reason"])

@@ -134,6 +134,8 @@ class Online:
         if reset == "experience" and index:
             self.strategy.reset()
         for batch, domain in zip(batches, domains, strict=True):
+            if not self.context.proceed():
+                continue
             # Stored bytes are finite, and looking would make a GPU wait.
             if batch.raw.is_floating_point() and not batch.inputs.isfinite().all():
                 raise UserError(

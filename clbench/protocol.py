@@ -11,9 +11,12 @@ from typing import Any, Literal
 
 import torch
 
-from clbench import checkpoint, machine, metrics, online
+from clbench import checkpoint, interruption, machine, metrics, online, scratch
 from clbench.config import options
-from clbench.errors import Diverged, UserError
+from clbench.errors import Diverged, TimedOut, UserError
+from clbench.interruption import Stop
+from clbench.limits import Limits, no_orphans, out_of_memory, require_space
+from clbench.midway import Midway
 from clbench.online import Online
 from clbench.passes import BACKWARD, FORWARD, Passes
 from clbench.progress import Progress, Silent
@@ -122,6 +125,7 @@ def run(
     folder: RunFolder | None = None,
     progress: Progress | None = None,
     tracker: Tracker | None = None,
+    limits: Limits | None = None,
 ) -> Result:
     """Runs one strategy through one stream.
 
@@ -134,38 +138,69 @@ def run(
         folder: Where checkpoints and the result go; None: nowhere.
         progress: Told how far the run is.
         tracker: Told what there is to show.
+        limits: What it may take; default: as long as it takes.
 
     Returns:
-        The result: complete, or diverged with the reason.
+        The result: complete, or diverged, out of memory or timed out, with the reason.
 
     Raises:
         UserError: If the pair can't work or the disk refuses.
+        KeyboardInterrupt, Interrupted: When a signal has stopped it, where it can be continued.
     """
     strategy.check(scenario)
     scenario.check(conditions.split)
     result = Result(run=identify(scenario, strategy, conditions, names, tuned))
-    tracker = tracker or Untracked()
-    loop = _Loop(scenario, strategy, conditions, result, folder, progress or Silent(), tracker)
+    tracker, limits = tracker or Untracked(), limits or Limits()
+    progress = progress or Silent()
+    with interruption.watched(signals=folder is not None) as stop:
+        loop = _Loop(
+            scenario, strategy, conditions, result, folder, progress, tracker, limits, stop
+        )
+        _attempt(loop, limits)
+        if folder:
+            folder.write_result(result)
+            folder.log(f"{result.status}" + (f": {result.reason}" if result.reason else ""))
+            if result.status != "timed out":
+                checkpoint.discard(folder.within)
+                checkpoint.discard(folder.checkpoint)
+        tracker.end(result)
+        stop.obey_signal()  # too late for this run, but not for those after it
+    return result
+
+
+def _attempt(loop: _Loop, limits: Limits) -> None:
+    """Runs the loop; what ends it before its end is the result's status and reason.
+
+    Raises:
+        Exception: Whatever else a strategy raises, when it is written down.
+    """
+    result = loop.result
     try:
-        loop.run()
+        with no_orphans():
+            loop.run()
+        return
     except Diverged as error:
         result.status, result.reason = "diverged", str(error)
-        result.costs = dict(loop.costs)
-    except (UserError, KeyboardInterrupt):
+    except TimedOut:
+        result.status = "timed out"
+        result.reason = f"it took longer than timeout={limits.timeout:g} seconds"
+        loop.costs["timeout"] = limits.timeout
+    except UserError:
         raise
     except Exception as error:
-        result.status, result.reason = "failed", f"{type(error).__name__}: {error}"
-        if folder:
-            folder.log(traceback.format_exc())
-            folder.write_result(result)
-        tracker.end(result)
-        raise
-    if folder:
-        folder.write_result(result)
-        folder.log(f"{result.status}" + (f": {result.reason}" if result.reason else ""))
-        checkpoint.discard(folder.checkpoint)
-    tracker.end(result)
-    return result
+        text = f"{type(error).__name__}: {error}"
+        memory = out_of_memory(error)
+        result.status, result.reason = "out of memory" if memory else "failed", text
+        result.strategy_facts = {}
+        if loop.folder:
+            loop.folder.log(traceback.format_exc())
+        if not memory:
+            if loop.folder:
+                loop.folder.write_result(result)
+            loop.tracker.end(result)
+            raise
+    result.costs = dict(loop.costs)
+    result.metrics, result.task_aware_metrics = {}, {}
 
 
 class _Loop:
@@ -180,13 +215,17 @@ class _Loop:
         folder: RunFolder | None,
         progress: Progress,
         tracker: Tracker,
+        limits: Limits,
+        stop: Stop,
     ) -> None:
         self.scenario, self.strategy, self.conditions = scenario, strategy, conditions
         self.result, self.folder, self.progress, self.tracker = result, folder, progress, tracker
+        self.limits, self.stop = limits, stop
         self.device = machine.choose_device(conditions.device)
         self.objective = scenario.objective()
         self.step = 0
-        self.evaluating = 0.0
+        self.began = self.started = time.perf_counter()
+        self.elapsed = self.evaluating = 0.0
         self.costs: dict[str, float | int] = {
             "train_seconds": 0.0,
             "evaluate_seconds": 0.0,
@@ -195,6 +234,16 @@ class _Loop:
             BACKWARD: 0,
         }
         self.passes = Passes(self.costs)
+        self.pending: dict[str, Any] | None = None
+        self.midway = Midway(
+            folder.within if folder and strategy.resumable else None,
+            limits.checkpoint_every,
+            stop,
+            self._first_step,
+            self._within,
+            self._go_on,
+            folder.log if folder else lambda _: None,
+        )
 
     def run(self) -> None:
         """Every experience: learn, score, save."""
@@ -214,7 +263,9 @@ class _Loop:
         ):
             self._set_up(model)
             start = self._resume()
+            self._watch(model)
             for experience in self.stream.experiences[start:]:
+                self._enter(experience)
                 if self.strategy.revisits:
                     self.context.seen = list(self.stream.experiences[: experience.index + 1])
                 if self.online:
@@ -223,6 +274,7 @@ class _Loop:
                     self._learn(experience)
                 self._score(experience)
                 self._save(experience)
+                self.stop.obey()
         self._conclude(model)
 
     def _describe(self, model: torch.nn.Module) -> int:
@@ -276,28 +328,35 @@ class _Loop:
         samples = len(self.stream.arrivals[experience.index].samples)
         self.progress.start(f"experience {experience.index + 1}/{count}", samples)
         machine.synchronise(self.device)
-        began = time.perf_counter()
+        self.began, self.evaluating = time.perf_counter(), 0.0
         rng = machine.isolated_rng(self.conditions.seed, f"adapt {experience.index}")
         with rng, self.passes.counting(True):
             for answered in self.online.meet(experience.index):
                 self.step += 1
                 self.costs["train_samples"] += answered
                 self.progress.advance(answered)
-        machine.synchronise(self.device)
-        self.costs["train_seconds"] += time.perf_counter() - began
+            self.midway.leave()
+        self._clock()
 
     def _learn(self, experience: Experience) -> None:
         visits = 0 if experience.train is None else len(experience.train) * self.scenario.epochs
         count = len(self.stream.experiences)
         self.progress.start(f"experience {experience.index + 1}/{count}", visits)
-        self.experience, self.evaluating = experience, 0.0
+        self.experience = experience
         machine.synchronise(self.device)
-        began = time.perf_counter()
+        self.began, self.evaluating = time.perf_counter(), 0.0
         rng = machine.isolated_rng(self.conditions.seed, f"learn {experience.index}")
         with rng, self.passes.counting(True):
             self.strategy.learn(experience)
+            self.midway.leave()
+        self._clock()
+
+    def _clock(self) -> None:
+        """Counts the seconds since the last time as training."""
         machine.synchronise(self.device)
-        self.costs["train_seconds"] += time.perf_counter() - began - self.evaluating
+        now = time.perf_counter()
+        self.costs["train_seconds"] += now - self.began - self.evaluating
+        self.began, self.evaluating = now, 0.0
 
     def _score(self, experience: Experience) -> None:
         """A new row of every matrix."""
@@ -358,9 +417,13 @@ class _Loop:
 
     def _on_step(self, samples: int) -> None:
         """After every training step: count, show, and evaluate when it is time."""
+        if self.midway.replaying:
+            return
         self.step += 1
         self.costs["train_samples"] += samples
         self.progress.advance(samples)
+        if self.midway.folder is None:
+            self.stop.obey()  # waiting longer would save nothing
         every = self.conditions.evaluate_every
         if every and self.step % every == 0:
             began = time.perf_counter()
@@ -376,52 +439,115 @@ class _Loop:
             self.tracker.curve(self.step, points("anytime_accuracy", scores["accuracy"]))
             self.evaluating += time.perf_counter() - began
 
+    def _watch(self, model: torch.nn.Module) -> None:
+        """From here on there is something to lose: signals wait for a safe point, time counts."""
+        self.stop.saves = True
+        if self.limits.timeout:
+            spent = self.elapsed + time.perf_counter() - self.started
+            self.stop.limit(self.limits.timeout - spent)
+        if self.folder and self.strategy.resumable:
+            kept = (e.train for e in self.stream.experiences[:1] if e.train is not None)
+            sample = sum(s.source.gather(s.index[:1]).nbytes for s in kept)
+            require_space(self.folder.path, model, self.scenario.memory_size * sample)
+
+    def _enter(self, experience: Experience) -> None:
+        """An experience begins; within it, perhaps, the run goes on."""
+        saved = self.pending if experience.index == (self.pending or {}).get("experience") else None
+        self.pending = None
+        self.midway.enter(experience.index, saved)
+        self.context.proceed = self.midway.proceed
+
     def _save(self, experience: Experience) -> None:
         last = experience.index + 1 == len(self.stream.experiences)
         if self.folder is None or last or not self.strategy.resumable:
             return
         content = {
+            **self._progress(),
             "next": experience.index + 1,
-            "step": self.step,
-            "threads": torch.get_num_threads(),
             "strategy": capture(self.strategy),
-            "generators": {k: g.get_state() for k, g in self.context.generators.items()},
-            "costs": self.costs,
-            "online": self.online.state_dict() if self.online else None,
             "accuracy_matrix": self.result.accuracy_matrix,
             "task_aware_accuracy_matrix": self.result.task_aware_accuracy_matrix,
             "scores": self.result.scores,
             "retention": self.retention.record() if self.retention else None,
-            "evaluations": self.result.evaluations,
         }
         checkpoint.save(self.folder.checkpoint, content)
+        checkpoint.discard(self.folder.within)
+
+    def _progress(self) -> dict[str, Any]:
+        """What changes with every step, but for the strategy."""
+        return {
+            "run": self.result.run,
+            "environment": self.result.environment,
+            "elapsed": self.elapsed + time.perf_counter() - self.started,
+            "step": self.step,
+            "threads": torch.get_num_threads(),
+            "generators": {k: g.get_state() for k, g in self.context.generators.items()},
+            "costs": self.costs,
+            "online": self.online.state_dict() if self.online else None,
+            "evaluations": self.result.evaluations,
+        }
+
+    def _within(self) -> dict[str, Any]:
+        """All state in the midst of an experience."""
+        self._clock()
+        return {**self._progress(), "scratch": scratch.capture(self.strategy, self.constants)}
+
+    def _first_step(self) -> None:
+        self.constants = scratch.constants(self.strategy)
+
+    def _go_on(self, saved: Mapping[str, Any]) -> None:
+        """Puts back what changes with every step."""
+        scratch.restore(self.strategy, saved["scratch"])
+        self._put_back(saved)
+        self.began, self.evaluating = time.perf_counter(), 0.0
+
+    def _put_back(self, saved: Mapping[str, Any]) -> None:
+        """`_progress`, but for the generators of the whole machine."""
+        self.step = saved["step"]
+        self.costs.update(saved["costs"])
+        self.result.evaluations = saved["evaluations"]
+        if self.online:
+            self.online.load_state_dict(saved["online"])
+        for key, state in saved["generators"].items():
+            purpose, _, kind = key.rpartition("@")
+            self.context.generator(purpose, torch.device(kind)).set_state(state.cpu())
 
     def _resume(self) -> int:
         """Continues an interrupted run; returns the experience to learn next."""
         if self.folder and not self.strategy.resumable:
             self.folder.log("this strategy can't be saved: if interrupted, the run begins anew")
+        if self.folder is None or not self.strategy.resumable:
             return 0
-        saved = checkpoint.load(self.folder.checkpoint, self.device) if self.folder else None
-        if saved is None or self.folder is None:
+        saved = checkpoint.load_for(self.result.run, self.folder.checkpoint, self.device)
+        self.pending = checkpoint.load_for(self.result.run, self.folder.within, self.device)
+        for found, place in ((saved, self.folder.checkpoint), (self.pending, self.folder.within)):
+            if found is None and checkpoint.remains(place):
+                self.folder.log(f"the checkpoint in {place.name} is damaged, and not used")
+        newest = self.pending or saved
+        if newest is not None:
+            self._same_machine(newest)
+        if saved is None:
             return 0
-        self.step = saved["step"]
-        self.costs.update(saved["costs"])
         self.result.accuracy_matrix = saved["accuracy_matrix"]
         self.result.task_aware_accuracy_matrix = saved["task_aware_accuracy_matrix"]
         self.result.scores = saved["scores"]
-        self.result.evaluations = saved["evaluations"]
         restore(self.strategy, saved["strategy"])
-        if self.online:
-            self.online.load_state_dict(saved["online"])
+        self._put_back(saved)
         if self.retention:
             self.retention.load_record(saved["retention"])
-        for key, state in saved["generators"].items():
-            purpose, _, kind = key.rpartition("@")
-            self.context.generator(purpose, torch.device(kind)).set_state(state.cpu())
-        torch.set_num_threads(saved["threads"])  # another count would give other bits
-        self.result.environment["threads"] = saved["threads"]
         self.folder.log(f"resumed after experience {saved['next']}")
         return int(saved["next"])
+
+    def _same_machine(self, saved: Mapping[str, Any]) -> None:
+        """As many threads as before, which decide bits; says what else is not as before."""
+        assert self.folder
+        self.elapsed = saved.get("elapsed", 0.0)
+        before, now = saved.get("environment", {}), self.result.environment
+        torch.set_num_threads(saved["threads"])
+        now["threads"] = saved["threads"]
+        changed = [f"{k} {before[k]} -> {now.get(k)}" for k in before if before[k] != now.get(k)]
+        if changed:
+            self.folder.log(f"resumed on another machine or version: {', '.join(changed)}")
 
     def _conclude(self, model: torch.nn.Module) -> None:
         """Metrics, what the strategy found out, and the remaining costs."""

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clbench.errors import UserError
-from clbench.files import unwritable, write_atomically
+from clbench.files import sweep, unwritable, write_atomically
+from clbench.locks import alone
 from clbench.metrics import Evaluation
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Result:
         environment: Versions and device.
         scenario_facts: Class names and whatever the scenario found out about its data.
         strategy_facts: Whatever the strategy found out.
-        status: "complete", "failed" or "diverged".
+        status: "complete", "failed", "diverged", "out of memory" or "timed out".
         reason: Why it is not complete.
         benchmark: `BENCHMARK_VERSION` of the suite that made it.
         schema: Version of this layout.
@@ -162,6 +163,7 @@ class RunFolder:
     def __init__(self, root: Path, run_id: str) -> None:
         self.path = root / "runs" / run_id
         self.checkpoint = self.path / "checkpoint"
+        self.within = self.checkpoint / "within"
 
     @property
     def result_file(self) -> Path:
@@ -211,27 +213,13 @@ class RunFolder:
         """Makes the folder this process's own; the claim dies with the process.
 
         Raises:
-            UserError: If another process has it, or it can't be written.
+            Busy: If another process has it.
+            UserError: If it can't be written, or the file system offers no locks.
         """
-        import fcntl
-
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise unwritable(self.path, error) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise UserError(
-                f"Another process is running {self.path.name} now. Wait for it, or choose "
-                "another seed or results_dir."
-            ) from None
-        try:
+        with alone(self.path, self.path.name):
+            for folder in (self.path, self.checkpoint, self.within):
+                sweep(folder)
             yield
-        finally:
-            os.close(lock)
 
 
 @dataclass(frozen=True)

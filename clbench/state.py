@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from clbench.types import Strategy
 
-_PLAIN = (bool, int, float, str, type(None))
+#: What stays as it is.
+PLAIN = (bool, int, float, str, type(None))
 
 
 @runtime_checkable
@@ -54,11 +55,11 @@ def restore(strategy: Strategy, state: dict[str, Any]) -> None:
         elif isinstance(value, nn.Module):
             value.load_state_dict(state[name])  # copies
         elif isinstance(value, Stateful):
-            value.load_state_dict(_data(state[name], name))
+            value.load_state_dict(data(state[name], name))
         elif isinstance(value, Tensor) and value.requires_grad:
-            value.data = _data(state[name], name)
+            value.data = data(state[name], name)
         else:
-            setattr(strategy, name, _data(state[name], name))
+            setattr(strategy, name, data(state[name], name))
 
 
 def _state(strategy: Strategy) -> dict[str, Any]:
@@ -79,19 +80,24 @@ def _save(value: Any, name: str) -> Any:
     if isinstance(value, torch.Generator):
         return value.get_state()
     if isinstance(value, Stateful):
-        return _data(dict(value.state_dict()), name)
-    return _data(value, name)
+        return data(dict(value.state_dict()), name)
+    return data(value, name)
 
 
-def _data(value: Any, name: str) -> Any:
+def data(value: Any, name: str) -> Any:
+    """A copy of tensors, plain data, and lists and dicts of these.
+
+    Raises:
+        TypeError: If it is anything else; says where, from `name` on.
+    """
     if isinstance(value, Tensor):
         return value.detach().clone()
-    if isinstance(value, _PLAIN):
+    if isinstance(value, PLAIN):
         return value
     if isinstance(value, (list, tuple)):
-        return type(value)(_data(v, f"{name}[{i}]") for i, v in enumerate(value))
+        return type(value)(data(v, f"{name}[{i}]") for i, v in enumerate(value))
     if isinstance(value, dict):
-        return {k: _data(v, f"{name}[{k!r}]") for k, v in value.items()}
+        return {k: data(v, f"{name}[{k!r}]") for k, v in value.items()}
     raise TypeError(
         f"{name} is a {type(value).__name__}, which can't be saved. State is tensors, plain data, "
         "lists and dicts of these, and, as attributes of their own, modules, generators and "

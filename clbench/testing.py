@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
+import signal
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from clbench import protocol
 from clbench.classification import ClassIncrementalImages, relabelled
 from clbench.config import build, options
 from clbench.corrupted import CorruptedImages
-from clbench.errors import UserError
+from clbench.errors import Interrupted, UserError
 from clbench.machine import isolated_rng
 from clbench.progress import Silent
 from clbench.results import Result, RunFolder
@@ -34,6 +35,7 @@ from clbench.text.toy import ToyInstructions as ToyInstructions
 from clbench.toys import ToyDrift as ToyDrift
 from clbench.toys import ToyScenario as ToyScenario
 from clbench.toys import ToyViT as ToyViT
+from clbench.training import Trainer
 from clbench.types import (
     CLASSIFICATION,
     Context,
@@ -148,6 +150,32 @@ def resumes_with_the_same_bits(strategy: Strategy, scenario: Scenario) -> None:
             assert "resumed" in (where.path / "log.txt").read_text(), "the run began anew"
         assert _numbers(rest) == _numbers(whole)
         assert rest.costs["train_samples"] == whole.costs["train_samples"]
+
+
+def resumes_within_an_experience(strategy: Strategy, scenario: Scenario) -> None:
+    """Asked to stop in the midst of two experiences, a run goes on twice and ends in the same bits.
+
+    A strategy with a loop of its own stops when it has learned the experience.
+    """
+    whole = _run(strategy, scenario)
+    with tempfile.TemporaryDirectory() as folder:
+        where = RunFolder(Path(folder), "run")
+        where.path.mkdir(parents=True)
+        for preempted in (_PreemptedAt(1, 2), _PreemptedAt(len(whole.experiences) - 1, 3)):
+            try:
+                rest = _run(strategy, scenario, folder=where, progress=preempted)
+            except Interrupted:
+                continue
+            assert strategy.revisits or len(whole.experiences) == 1, "it took no step to stop at"
+        rest = _run(strategy, scenario, folder=where)
+        log = (where.path / "log.txt").read_text()
+    assert _numbers(rest) == _numbers(whole)
+    for name in ("train_samples", "forward_samples", "backward_samples"):
+        assert rest.costs[name] == whole.costs[name], f"{name} differ"
+    kind = type(strategy)
+    loop = issubclass(kind, Trainer) and kind.learn is Trainer.learn and kind.fit is Trainer.fit
+    if loop or scenario.setting is Setting.TEST_TIME_ADAPTATION:
+        assert "resumed within experience 2 after 2 steps" in log, log
 
 
 def one_experience_works(strategy: Strategy, scenario: Scenario) -> None:
@@ -286,6 +314,7 @@ CHECKS: Mapping[Check, frozenset[Setting]] = {
     outputs_cover_seen_classes: frozenset(Setting),
     beats_chance: frozenset(Setting),
     resumes_with_the_same_bits: frozenset(Setting),
+    resumes_within_an_experience: frozenset(Setting),
     one_experience_works: frozenset(Setting),
     last_batch_of_one_works: frozenset(Setting),
     no_labels_no_learning: frozenset(Setting),
@@ -530,6 +559,24 @@ class _StopAt(Silent):
         self.left -= 1
         if self.left < 0:
             raise KeyboardInterrupt
+
+
+class _PreemptedAt(Silent):
+    """Sends the signal of a scheduler after some step of some experience."""
+
+    def __init__(self, experience: int, step: int) -> None:
+        self.experience, self.step = experience, step
+
+    def start(self, name: str, samples: int) -> None:  # noqa: ARG002
+        self.now = int(name.split()[1].split("/")[0]) - 1
+        self.taken = 0
+
+    def advance(self, samples: int) -> None:  # noqa: ARG002
+        self.taken += 1
+        if (self.now, self.taken) == (self.experience, self.step):
+            if not callable(signal.getsignal(signal.SIGUSR1)):
+                raise Interrupted  # in a thread nobody could hear it
+            signal.raise_signal(signal.SIGUSR1)
 
 
 def _all(samples: Any) -> Any:

@@ -67,16 +67,20 @@ class Trainer(Strategy, ABC):
         size = batch_size or scenario.batch_size
         epochs = scenario.epochs if epochs is None else epochs
         self.begin(steps=epochs * scenario.passes * -(-len(samples) // size))
-        total = torch.zeros((), device=self.context.device)
-        for batch in self.batches(samples, epochs, size):
-            for _ in range(scenario.passes):
-                loss = self.loss(batch)
-                self.update(loss)
-                total += loss.detach()
-            self.observe(batch)
+        self._summed_loss = torch.zeros((), device=self.context.device)
+        with self.context.resumable() as proceed:
+            for batch in self.batches(samples, epochs, size):
+                if not proceed():
+                    continue
+                for _ in range(scenario.passes):
+                    loss = self.loss(batch)
+                    self.update(loss)
+                    self._summed_loss += loss.detach()
+                self.observe(batch)
         self.model.eval()
-        if not math.isfinite(total.item()):
-            raise Diverged(f"the training loss is {total.item()}; lower the learning rate")
+        total = self._summed_loss.item()
+        if not math.isfinite(total):
+            raise Diverged(f"the training loss is {total}; lower the learning rate")
 
     @abstractmethod
     def before(self, experience: Experience) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any, ClassVar, Literal
@@ -249,6 +249,7 @@ class Context:
         seen: The experiences met so far, for strategies that declare `revisits`; else empty.
         source: Labelled samples that the model was trained on before the stream, if any.
         on_step: Called after every training step with the number of stream samples used.
+        proceed: What `resumable` hands to the first loop of an experience that asks for it.
     """
 
     def __init__(
@@ -269,6 +270,7 @@ class Context:
         self.objective, self.transform, self.n_outputs = objective, transform, n_outputs
         self.stream_batches = stream_batches
         self.precision, self.source, self.on_step = precision, source, on_step
+        self.proceed: Callable[[], bool] = _always
         self.seen: list[Experience] = []
         self.generators: dict[str, torch.Generator] = {}
 
@@ -298,6 +300,20 @@ class Context:
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 
+    @contextmanager
+    def resumable(self) -> Iterator[Callable[[], bool]]:
+        """For a loop of steps between which all that changes is the strategy's attributes.
+
+        A run can be saved in such a loop, and goes on in it. Only the first loop of an experience
+        is one: what was done before it is done again from what the experience began with.
+
+        Yields:
+            What to ask at the top of the loop, once there is a batch; False: skip this step, it
+            was taken before the run was interrupted.
+        """
+        proceed, self.proceed = self.proceed, _always
+        yield proceed
+
     def batches(
         self, samples: Samples, epochs: int | None = None, batch_size: int | None = None
     ) -> Iterator[Batch]:
@@ -318,6 +334,10 @@ class Context:
             for batch in samples.batches(order, size, augment):
                 yield batch
                 self.on_step(len(batch))
+
+
+def _always() -> bool:
+    return True
 
 
 @dataclass(kw_only=True)

@@ -504,9 +504,9 @@ def test_a_killed_run_goes_on_to_the_same_numbers(
     assert whole.returncode == 0, whole.stderr
     with stopped(work, place, environment):
         busy = command("strategy=stopping", *QUICK)
-        assert busy.returncode == 2
+        assert busy.returncode == 75
         assert busy.stderr.startswith("error: Another process is running digits-stopping-")
-        assert command("strategy=stopping", "force=true", *QUICK).returncode == 2
+        assert command("strategy=stopping", "force=true", *QUICK).returncode == 75
     assert results(work / "results") == []
     done = command("strategy=stopping", *QUICK)
     assert done.returncode == 0, done.stderr

@@ -172,6 +172,8 @@ class GrowingTable(nn.Module):
         """Takes as many rows as there are in the state."""
         for name, current in (("frozen", self.frozen), ("latest", self.latest.data)):
             saved = state_dict.get(prefix + name, current)
+            if len(saved) == len(current):  # an optimizer may have the parameter
+                continue
             resized = current.new_empty(len(saved), *current.shape[1:])
             setattr(self, name, resized if name == "frozen" else nn.Parameter(resized))
         super()._load_from_state_dict(state_dict, prefix, *rest)
