@@ -17,6 +17,7 @@ from clbench.progress import Progress, Silent
 from clbench.protocol import Conditions, Names
 from clbench.results import Result, RunFolder
 from clbench.types import Scenario, Strategy
+from clbench.workers import Died
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +128,27 @@ def perform(
             folder.forget_if_unused()
             raise
     return Ended(result, folder, earlier=False)
+
+
+def end(cell: Cell, why: Exception | Died) -> Ended:
+    """Writes down how a cell ended whose process could not, or would not, say so itself.
+
+    Args:
+        cell: The plan.
+        why: What it raised, or how its process died.
+    """
+    scenario, strategy = cell.build()
+    identity = protocol.identify(scenario, strategy, cell.conditions, cell.names, cell.tuned)
+    folder = RunFolder(cell.results_dir, identity["run_id"])
+    memory = why.out_of_memory if isinstance(why, Died) else False
+    text = str(why) if isinstance(why, Died) else f"{type(why).__name__}: {why}"
+    status = "out of memory" if memory else "failed"
+    with folder.claim():
+        found = folder.result()
+        if found is None:
+            found = Result(run=identity, status=status, reason=text)
+            folder.write_result(found)
+    return Ended(found, folder, earlier=False)
 
 
 def _has_more_time(earlier: Result, limits: Limits) -> bool:

@@ -22,17 +22,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from clbench import interruption, userspace
 from clbench.composing import GROUPS, explained
+from clbench.discretion import refuse_environment
 from clbench.errors import Busy, Interrupted, UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor
-
     from rich.table import Table
 
     from clbench.cells import Cell
     from clbench.protocol import Names
     from clbench.results import Result, RunFolder
     from clbench.tuning import Budget
+    from clbench.workers import Workers
 
 #: Exit codes: a mistake to mend; a run that did not complete; Ctrl-C; to be started again later.
 MISTAKE, INCOMPLETE, INTERRUPTED, LATER = 2, 1, 130, 75
@@ -135,6 +135,7 @@ def _job(cfg: DictConfig) -> int:
         "benchmark": _benchmark,
         "report": _report,
     }
+    refuse_environment(OmegaConf.to_container(cfg, resolve=False))
     tree: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     command = _command(tree)
     if command.phase not in phases:
@@ -188,7 +189,7 @@ def _only(phase: Callable[..., int]) -> Callable[[Command, Mapping[str, Any]], i
 
 
 def _tune(
-    command: Command, tree: Mapping[str, Any], names: Names | None, pool: Executor | None
+    command: Command, tree: Mapping[str, Any], names: Names | None, pool: Workers | None
 ) -> int:
     """Searches on the tuning split."""
     from clbench import display, tuning
@@ -209,7 +210,7 @@ def _tune(
 
 
 def _evaluate(
-    command: Command, tree: Mapping[str, Any], names: Names | None, pool: Executor | None
+    command: Command, tree: Mapping[str, Any], names: Names | None, pool: Workers | None
 ) -> int:
     """Runs the chosen values on the evaluation split."""
     from clbench import display, tuning

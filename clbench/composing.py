@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from clbench import userspace
+from clbench.discretion import refuse_environment
 from clbench.errors import did_you_mean
 
 #: Parts of a run that are chosen by name, each a folder of conf/.
@@ -88,6 +89,7 @@ def _compose(overrides: Sequence[str], resolve: bool) -> tuple[dict[str, Any], d
         GlobalHydra.instance().hydra = around
     choices = dict(found.hydra.runtime.choices)
     ours = OmegaConf.masked_copy(found, [str(key) for key in found if key != "hydra"])
+    refuse_environment(OmegaConf.to_container(ours, resolve=False))
     tree: Any = OmegaConf.to_container(ours, resolve=resolve)
     return tree, choices
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -373,6 +374,7 @@ class _Loop:
             with self._scoring():
                 self.retention.measure(self.strategy.predict)
         unknown = [None] * (len(self.stream.tests) - upto)
+        _require_finite(scores)
         for name, matrix in self._matrices(scores).items():
             matrix.append([*scores[name], *unknown])
         self.costs["evaluate_seconds"] += time.perf_counter() - began
@@ -572,6 +574,7 @@ class _Loop:
             self.result.online = self.online.record()
             self.result.metrics |= online.metrics(self.result.online)
             self.costs |= self.online.costs(self.costs["train_seconds"])
+        _require_finite({**self.result.metrics, **self.result.task_aware_metrics})
         self.result.costs = {
             **self.costs,
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -584,3 +587,11 @@ class _Loop:
         if not self.strategy.revisits:
             return self.strategy.memory_samples
         return sum(len(e.train) for e in self.stream.experiences if e.train is not None)
+
+
+def _require_finite(numbers: Mapping[str, Any]) -> None:
+    """A score or metric that is no number ends the run, before it is averaged with others."""
+    for name, found in numbers.items():
+        for value in found if isinstance(found, list) else [found]:
+            if value is not None and not math.isfinite(value):
+                raise Diverged(f"{name} is {value}")

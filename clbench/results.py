@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clbench.discretion import discreet
 from clbench.errors import UserError
 from clbench.files import sweep, unwritable, write_atomically
 from clbench.locks import alone
@@ -179,10 +180,12 @@ class RunFolder:
 
     def write_config(self, text: str) -> None:
         """Keeps the composed configuration beside the result."""
-        write_atomically(self.path / "config.yaml", text.encode())
+        write_atomically(self.path / "config.yaml", discreet(text).encode())
 
     def write_result(self, result: Result) -> None:
         """Publishes the result: from now on the run has ended."""
+        if result.reason is not None:
+            result.reason = discreet(result.reason)
         write_atomically(self.result_file, result.to_json().encode())
 
     def log(self, line: str) -> None:
@@ -191,7 +194,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with (self.path / "log.txt").open("a") as file:
-                file.write(f"{stamp} {line}\n")
+                file.write(f"{stamp} {discreet(line)}\n")
         except OSError as error:
             raise unwritable(self.path / "log.txt", error) from error
 

@@ -6,15 +6,13 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
-from clbench.cells import Cell, Ended, execute
+from clbench.cells import Cell, Ended, end, execute
 from clbench.errors import UserError
 from clbench.files import write_atomically
 from clbench.machine import isolated_rng
@@ -25,6 +23,7 @@ from clbench.samples import Samples
 from clbench.search import Outcome, Sampler, Space, Values, hopeless, propose, with_values
 from clbench.study import Protocol, Study, Trial
 from clbench.types import Setting, Split, Stream, require
+from clbench.workers import Died, Workers
 
 #: Tuning seeds start here, evaluation seeds stay below.
 FIRST_TUNING_SEED = 1_000_000
@@ -60,19 +59,19 @@ class Budget:
         require(self, "trials", "tuning_seeds", "seeds", "batch", at_least=1)
 
 
-def processes(workers: int) -> AbstractContextManager[Executor | None]:
+def processes(workers: int) -> AbstractContextManager[Workers | None]:
     """So many processes that run trials and seeds side by side; None where this one is enough.
 
     They start when the first work reaches them.
     """
-    return ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else nullcontext()
+    return Workers(workers) if workers > 1 else nullcontext()
 
 
 def tune(
     cell: Cell,
     budget: Budget,
     protocol: Protocol = "two_phase",
-    pool: Executor | None = None,
+    pool: Workers | None = None,
     tell: Callable[[int, Trial], None] = lambda *_: None,
 ) -> tuple[Study, Path]:
     """Searches, or finds what was searched before; goes on where it was interrupted.
@@ -113,10 +112,11 @@ def tune(
         work = partial(plan, so_far if budget.prune else ())
         # A small space is proposed from twice; its runs are there then, or on their way.
         new = {_key(v): v for v in batch if _key(v) not in tried}
-        made = pool.map(work, new.values()) if pool else map(work, new.values())
+        made = pool.map(work, list(new.values())) if pool else map(work, new.values())
         for values in batch:
             if _key(values) not in tried:
-                tried[_key(values)] = next(made)
+                found = next(made)
+                tried[_key(values)] = _dead(values, found) if isinstance(found, Died) else found
             trials.append(tried[_key(values)])
             tell(len(trials), trials[-1])
     best = max((t for t in trials if t.mean is not None), key=_mean, default=None)
@@ -131,7 +131,7 @@ def evaluate(
     budget: Budget,
     protocol: Protocol = "two_phase",
     untuned: bool = False,
-    pool: Executor | None = None,
+    pool: Workers | None = None,
     done: Callable[[Ended], None] = lambda _: None,
 ) -> list[Ended]:
     """The runs of the evaluation phase, with the values that were chosen.
@@ -162,9 +162,10 @@ def evaluate(
     seeds = _evaluation_seeds(cell, budget)
     cells = [_at(cell, values, Split.EVALUATE, seed, tuned) for seed in seeds]
     ended = []
-    for one in pool.map(execute, cells) if pool else map(execute, cells):
-        ended.append(one)
-        done(one)
+    made = pool.map(_surely, cells) if pool else map(_surely, cells)
+    for one, found in zip(cells, made, strict=True):
+        ended.append(end(one, found) if isinstance(found, Died) else found)
+        done(ended[-1])
     return ended
 
 
@@ -252,6 +253,20 @@ def _run_trial(
         sum(int(c.get("train_samples") or 0) for c in costs),
         max((int(c.get("peak_memory_bytes") or 0) for c in costs), default=0),
     )
+
+
+def _surely(cell: Cell) -> Ended:
+    """Runs a cell; if it fails, its folder has the traceback, and the other seeds go on."""
+    try:
+        return execute(cell)
+    except UserError:
+        raise
+    except Exception as error:
+        return end(cell, error)
+
+
+def _dead(values: Values, death: Died) -> Trial:
+    return Trial(values, (), "failed", str(death), (), 0.0, 0, 0)
 
 
 def score_of(result: Result) -> float | None:
