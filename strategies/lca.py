@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clbench.errors import UserError
 from clbench.samples import Batch
-from clbench.text.codebook import Codebook, instructions_of, prompts_of
+from clbench.text.codebook import Codebook, in_groups, instructions_of, prompts_of
 from clbench.text.instructions import text_source
 from clbench.training import Wrapper
 from clbench.types import LABELLED, Context, Experience, Scenario, Setting, require
@@ -158,16 +158,17 @@ class LCA(Wrapper):
         if len(self.sets) < 2:
             return super().predict(batch)
         similar, place = self.codebook.of_prompts(prompts_of(batch.inputs, self._tokenizer)).max(1)
-        place = torch.where(similar >= self.threshold, place, len(self.sets) - 1).to(batch.inputs)
-        now, parts, rows = self._copy(), [], []
-        for index, weights in enumerate(self.sets):
-            mine = (place == index).nonzero().flatten()
-            if len(mine):
-                torch._foreach_copy_(self._weights_now(), now if index == self.current else weights)
-                parts.append(super().predict(_rows(batch, mine)))
-                rows.append(mine)
+        place = torch.where(similar >= self.threshold, place, len(self.sets) - 1)
+        now = self._copy()
+
+        def with_set(index: int, some: Batch) -> Tensor:
+            chosen = now if index == self.current else self.sets[index]
+            torch._foreach_copy_(self._weights_now(), chosen)
+            return self.base.predict(some)
+
+        outputs = in_groups(batch, place, with_set)
         torch._foreach_copy_(self._weights_now(), now)
-        return torch.cat(parts)[torch.cat(rows).argsort()]
+        return outputs
 
     def facts(self) -> Mapping[str, Any]:
         """How many coefficients the equation gave, of how many; how many sets there are."""
@@ -195,7 +196,3 @@ def coefficient(form: str, way: Tensor, gradient: Tensor, change: Tensor, moved:
     if form == "paper":
         return (gradient + 1) * moved / (way * change)
     return 1 - 2 * (1 + gradient) / (way * change)
-
-
-def _rows(batch: Batch, rows: Tensor) -> Batch:
-    return replace(batch, inputs=batch.inputs[rows], raw=batch.raw[rows], index=batch.index[rows])

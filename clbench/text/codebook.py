@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clbench.samples import Samples
+from clbench.samples import Batch, Samples
 from clbench.text.encoding import ANSWER
 from clbench.text.instructions import text_source
 from clbench.text.tokenizers import Tokenizer
@@ -112,3 +113,22 @@ def prompts_of(rows: Tensor, tokenizer: Tokenizer) -> list[str]:
         codes = row[: row.index(ANSWER)] if ANSWER in row else row
         texts.append(tokenizer.decode([code for code in codes if code >= 0]))
     return texts
+
+
+def in_groups(batch: Batch, place: Tensor, predict: Callable[[int, Batch], Tensor]) -> Tensor:
+    """Outputs for a batch whose samples belong to different groups.
+
+    Args:
+        batch: Without labels.
+        place: The group of each sample, [B].
+        predict: Outputs of a group for some samples of the batch.
+    """
+    parts, rows = [], []
+    for group in place.unique().tolist():
+        mine = (place == group).nonzero().flatten().to(batch.inputs.device)
+        some = replace(
+            batch, inputs=batch.inputs[mine], raw=batch.raw[mine], index=batch.index[mine]
+        )
+        parts.append(predict(group, some))
+        rows.append(mine)
+    return torch.cat(parts)[torch.cat(rows).argsort()]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import pytest
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from clbench.samples import Batch
 from clbench.testing import ToyDrift, ToyInstructions, ToyScenario
+from clbench.text.encoding import Example
+from clbench.text.instructions import Instructions
 from clbench.types import Context, Scenario, Split, Strategy, Stream
 
 S = TypeVar("S", bound=Strategy)
@@ -121,6 +123,37 @@ def instructions() -> Callable[..., Bench]:
 
     def make(**options: Any) -> Bench:
         return Bench(ToyInstructions(**options))
+
+    return make
+
+
+@dataclass(kw_only=True)
+class Worded(ToyInstructions):
+    """The toy's tasks, asked for in words, in this order."""
+
+    template: str = "{instruction}: {input}"
+    words: tuple[str, ...] = ("apple", "plum", "pear")
+
+    def instructions(self, split: Split) -> Instructions:
+        found = super().instructions(split)
+
+        def reworded(examples: Sequence[Example], word: str) -> list[Example]:
+            return [replace(e, instruction=f"of the {word}") for e in examples]
+
+        parts = [
+            replace(p, train=reworded(p.train, word), test=reworded(p.test, word))
+            for p, word in zip(found.parts, self.words, strict=True)
+        ]
+        return replace(found, parts=parts, ordered=True)
+
+
+@pytest.fixture
+def worded() -> Callable[..., Bench]:
+    """Makes a bench of instruction tuning whose tasks are known by the words in `words`."""
+    pytest.importorskip("peft", reason="the extra `text` is not installed")
+
+    def make(**options: Any) -> Bench:
+        return Bench(Worded(**options))
 
     return make
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -11,10 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clbench.errors import UserError
-from clbench.testing import ToyInstructions, ToyScenario
-from clbench.text.encoding import Example
-from clbench.text.instructions import Instructions
-from clbench.types import Split
+from clbench.testing import ToyScenario
 from strategies.finetune import Finetune
 from strategies.lca import LCA, coefficient
 
@@ -107,40 +103,6 @@ def test_where_the_equation_gives_nothing_outside_decides(bench: Callable[..., A
         assert weight.flatten().tolist() == expected
 
 
-WORDS = ("apple", "plum", "pear")
-
-
-@dataclass(kw_only=True)
-class Worded(ToyInstructions):
-    """The toy's tasks, asked for in words."""
-
-    template: str = "{instruction}: {input}"
-    words: tuple[str, ...] = WORDS
-
-    def instructions(self, split: Split) -> Instructions:
-        found = super().instructions(split)
-
-        def reworded(examples: Sequence[Example], word: str) -> list[Example]:
-            return [replace(e, instruction=f"of the {word}") for e in examples]
-
-        parts = [
-            replace(p, train=reworded(p.train, word), test=reworded(p.test, word))
-            for p, word in zip(found.parts, self.words, strict=True)
-        ]
-        return replace(found, parts=parts, ordered=True)
-
-
-@pytest.fixture
-def worded(instructions: Callable[..., Any]) -> Callable[..., Any]:
-    def make(*words: str) -> Any:
-        toy = instructions()
-        toy.scenario = Worded(words=words or WORDS)
-        toy.stream = toy.scenario.stream(Split.EVALUATE, 0)
-        return toy
-
-    return make
-
-
 def accuracies(toy: Any, strategy: LCA) -> list[float]:
     objective = toy.scenario.objective()
     with torch.inference_mode():
@@ -169,7 +131,7 @@ def test_each_set_is_the_base_alone_on_its_experience(worded: Callable[..., Any]
 
 
 def test_the_same_words_go_on_with_their_set(worded: Callable[..., Any]) -> None:
-    toy = worded("apple", "plum", "apple")
+    toy = worded(words=("apple", "plum", "apple"))
     strategy = toy.learned(LCA(base=Finetune(), expand=True), 0, 1)
     kept = [t.clone() for t in strategy.sets[1]]
     toy.teach(strategy, 2)
