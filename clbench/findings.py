@@ -12,7 +12,7 @@ from clbench import published
 from clbench.agreement import Agreement, agreements
 from clbench.errors import UserError
 from clbench.leaderboard import Board, build
-from clbench.results import Result, find, table
+from clbench.results import Result, find, readable, table
 from clbench.study import Study
 
 
@@ -51,7 +51,7 @@ def gather(root: Path, references: Iterable[Path] = ()) -> Findings:
     if not found:
         raise UserError(f"No runs below {root}. Run something first.")
     runs = table(found)
-    paths = [each.path.relative_to(root).as_posix() for each in found]
+    paths = [readable(each.path.relative_to(root).as_posix()) for each in found]
     runs["path"] = paths
     studies, unreadable = _studies(root)
     costs = {s.name: {**s.costs(), "tuning_trials": len(s.trials)} for s in studies.values()}

@@ -123,6 +123,8 @@ class Result:
             ValueError: If it is not a result of this schema.
         """
         content = json.loads(text)
+        if re.search(r"\\u[dD]", text):  # half a character, which JSON can hold, is no text
+            content = json.loads(readable(json.dumps(content, ensure_ascii=False)))
         if not isinstance(content, dict) or "schema" not in content:
             raise ValueError("not a result")
         if content["schema"] != SCHEMA:
@@ -287,6 +289,11 @@ def read(root: str | Path = "results") -> pd.DataFrame:
     return table([found for found in find(root) if found.row["status"] != "unfinished"])
 
 
+def readable(words: str) -> str:
+    """The same words with "?" for what is no text: halves of characters, bytes of odd paths."""
+    return words.encode(errors="replace").decode()
+
+
 def table(found: Sequence[Found]) -> pd.DataFrame:
     """Run folders as rows; see `read`."""
     import pandas as pd
@@ -303,7 +310,12 @@ def _opened(path: Path) -> Found:
 
 
 def _without_result(path: Path, status: str, reason: str) -> dict[str, Any]:
-    return {"run_id": path.name, "status": status, "reason": reason, "path": str(path)}
+    return {
+        "run_id": readable(path.name),
+        "status": status,
+        "reason": reason,
+        "path": readable(str(path)),
+    }
 
 
 def _ended(path: Path, result: Result) -> dict[str, Any]:
@@ -334,7 +346,7 @@ def _ended(path: Path, result: Result) -> dict[str, Any]:
         **flat(run.get("data", {}), "data."),
         **{k: result.environment.get(k) for k in ("device", "threads", "code")},
         "reason": result.reason,
-        "path": str(path),
+        "path": readable(str(path)),
     }
 
 

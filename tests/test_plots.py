@@ -304,9 +304,10 @@ def test_no_label_from_a_file_breaks_or_leaves_a_figure() -> None:
     made = board(
         average_accuracy=[0.1 * i for i in range(7)], train_seconds=[1.0 + i for i in range(7)]
     )
-    made.table["strategy"] = NASTY
+    made.table["strategy"] = pd.Series(NASTY, dtype=object)
     assert "_hidden" in shown(costs.cost(made, NASTY[2]))
-    scores = pd.DataFrame(np.random.default_rng(0).normal(size=(5, 7)), columns=NASTY)
+    scores = pd.DataFrame(np.random.default_rng(0).normal(size=(5, 7)))
+    scores.columns = pd.Index(NASTY, dtype=object)
     shown(ranks.critical_differences(scores, title=NASTY[1]))
     svg = style.rendered(accuracy.curves({"<script>": [run]}, "<script>"), "svg")
     assert b"<script" not in svg

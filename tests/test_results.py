@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import made_up
 import pandas as pd
 import pytest
 
@@ -385,3 +386,12 @@ def test_a_folder_without_runs_is_an_empty_table(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No results folder"):
         read(tmp_path / "nowhere")
+
+
+def test_halves_of_characters_are_no_text() -> None:
+    """JSON can hold them; a table that another program keeps cannot."""
+    written = made_up.run("replay", values={"name": "\ud83d\ude00 \ud800"}).to_json()
+    assert "\\ud800" in written
+    found = Result.from_json(written)
+    assert found.run["options"]["strategy"]["name"] == "\U0001f600 ?"
+    assert found.to_json().encode().decode() == found.to_json()
