@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
@@ -68,3 +70,16 @@ def environment() -> dict[str, str]:
     """For a process of its own that uses the same clbench, on one thread."""
     ours = os.pathsep.join(filter(None, (str(userspace.suite()), os.environ.get("PYTHONPATH"))))
     return {**os.environ, "PYTHONPATH": ours, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Headless Chromium of the system; `make test` does not download one."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None:
+        pytest.skip("there is no chromium (Debian: apt install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield launched
+        launched.close()
