@@ -70,7 +70,8 @@ def _domains(result: Result) -> Table:
 def _metrics(result: Result) -> Table:
     table = Table()
     table.add_column("metric, %")
-    table.add_column("value" if result.online else "all seen classes compete", justify="right")
+    compete = not result.online and result.run.get("setting") != "instruction_tuning"
+    table.add_column("all seen classes compete" if compete else "value", justify="right")
     if result.task_aware_metrics:
         table.add_column("task-aware", justify="right")
     for name, value in result.metrics.items():

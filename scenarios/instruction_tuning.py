@@ -102,7 +102,7 @@ class StringInstructions(InstructionScenario):
         decided = {
             name: value
             for name, value in source_model.described(made).items()
-            if not name.startswith(("lora_", "peft_", "tuning", "gradient_"))
+            if not name.startswith(("lora_", "peft_", "tuning", "gradient_", "micro_"))
         }
         tokenizer = text_source(stream.source).tokenizer
         return {

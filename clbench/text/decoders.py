@@ -32,6 +32,8 @@ class Decoder(ABC):
         lora_targets: Names of the layers that are updated; empty: all linear ones but the head.
         peft_config: Folder with the adapter_config.json of any method of the peft library.
         gradient_checkpointing: Compute activations a second time instead of keeping them.
+        micro_batch_size: Rows of a training batch that are computed at once; 0: all. See
+            `clbench.text.language_model`.
     """
 
     tuning: Literal["full", "lora", "peft"] = "full"
@@ -41,8 +43,10 @@ class Decoder(ABC):
     lora_targets: tuple[str, ...] = ()
     peft_config: str = ""
     gradient_checkpointing: bool = False
+    micro_batch_size: int = 0
 
     def __post_init__(self) -> None:
+        require(self, "micro_batch_size", at_least=0)
         require(self, "lora_rank", at_least=1)
         require(self, "lora_alpha", above=0)
         require(self, "lora_dropout", at_least=0, at_most=1)
@@ -92,9 +96,14 @@ class Decoder(ABC):
                 f"{tokenizer.name} {tokenizer.size}. Use the tokenizer that belongs to the model."
             )
         if self.gradient_checkpointing:
-            decoder.gradient_checkpointing_enable({"use_reentrant": False})
+            with warnings.catch_warnings():
+                # Newer versions of transformers have another name for it, older ones only this one.
+                warnings.simplefilter("ignore", FutureWarning)
+                decoder.gradient_checkpointing_enable({"use_reentrant": False})
         facts = {"name": self.title, "weights": self.title if self.starts_trained else None}
-        return LanguageModel(decoder, rows, tokenizer.end, answer_length, facts)
+        return LanguageModel(
+            decoder, rows, tokenizer.end, answer_length, facts, self.micro_batch_size
+        )
 
     def adapt(self, model: LanguageModel) -> None:
         """Restricts training to what `tuning` says; changes the model in place.

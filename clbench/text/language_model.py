@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from clbench.text.encoding import ANSWER, PADDING
 
@@ -77,6 +78,9 @@ class LanguageModel(nn.Module):
         end: Id of the end token.
         answer_length: Tokens of an answer at most, the end token included.
         facts: Plain data for the result file.
+        micro_batch_size: Rows of a training batch that are computed at once; 0: all. A step then
+            needs the memory of so many rows, as with gradient accumulation, whatever a method
+            makes of the outputs; what is not kept is computed a second time.
     """
 
     def __init__(
@@ -86,8 +90,10 @@ class LanguageModel(nn.Module):
         end: int,
         answer_length: int,
         facts: Mapping[str, Any] | None = None,
+        micro_batch_size: int = 0,
     ) -> None:
         super().__init__()
+        self.micro_batch_size = micro_batch_size
         self.decoder = decoder
         self.vocabulary, self.end, self.answer_length = vocabulary, end, answer_length
         self.facts = dict(facts or {})
@@ -103,7 +109,15 @@ class LanguageModel(nn.Module):
         rows = _Rows.of(inputs)
         if rows.marks > 1:
             return self._choose(rows)
-        return self._read(rows) if rows.longest_answer else self._answer(rows)
+        if not rows.longest_answer:
+            return self._answer(rows)
+        if self.training and 0 < self.micro_batch_size < len(inputs):
+            parts = inputs.split(self.micro_batch_size)
+            return torch.cat([checkpoint(self._read_some, p, use_reentrant=False) for p in parts])
+        return self._read(rows)
+
+    def _read_some(self, inputs: Tensor) -> Tensor:
+        return self._read(_Rows.of(inputs))
 
     def _read(self, rows: _Rows) -> Tensor:
         """Logits of given answers."""
