@@ -52,6 +52,7 @@ class Command:
     untuned: bool
     references: bool
     workers: int
+    strict: bool
     tracker: Literal["none", "tensorboard", "wandb", "mlflow"]
     reference_strategies: dict[str, list[str]]
 
@@ -159,9 +160,17 @@ def _command(tree: Mapping[str, Any]) -> Command:
 def _report(command: Command, tree: Mapping[str, Any]) -> int:  # noqa: ARG001
     from clbench.report import write
 
-    for path in write(Path(command.results_dir)):
+    results = Path(command.results_dir)
+    for path in write(results):
         print(path)
-    return 0
+    if not command.strict:
+        return 0
+    from clbench.results import find
+
+    bad = [found for found in find(results) if found.row["status"] == "unreadable"]
+    for found in bad:
+        print(f"error: {found.path} can't be read: {found.row['reason']}", file=sys.stderr)
+    return INCOMPLETE if bad else 0
 
 
 def _run(command: Command, tree: Mapping[str, Any]) -> int:

@@ -87,9 +87,15 @@ def no_orphans() -> Iterator[None]:
 
 
 def _descendants(process: int) -> set[int]:
-    """Children, theirs, and so on; none where the system does not list them."""
+    """Children, theirs, and so on; none where the system does not list processes."""
+    children: dict[int, list[int]] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):  # it may have ended meanwhile
+            parent = int(status.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(status.parent.name))
     found: set[int] = set()
-    for listing in Path(f"/proc/{process}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            found |= {int(child) for child in listing.read_text().split()}
-    return found.union(*(_descendants(child) for child in found))
+    new = set(children.get(process, ()))
+    while new:
+        found |= new
+        new = {child for one in new for child in children.get(one, ())} - found
+    return found
