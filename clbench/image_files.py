@@ -374,20 +374,27 @@ def _first_size(paths: Sequence[Path]) -> tuple[int, int]:
 def _read(
     path: Path, channels: int, size: tuple[int, int] | None, border: float = 0.0
 ) -> tuple[Pixels, bool] | str:
-    """Pixels [C, H, W] and whether they were resized; or why the file can't be decoded.
+    """`decoded` for a file; raises `UserError` if the system refuses it."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"Can't read {path}: {error.strerror}.") from error
+    return decoded(data, channels, size, border)
+
+
+def decoded(
+    data: bytes, channels: int, size: tuple[int, int] | None, border: float = 0.0
+) -> tuple[Pixels, bool] | str:
+    """Pixels [C, H, W] and whether they were resized; or why the data can't be decoded.
 
     Args:
-        path: The file.
+        data: Content of an image file.
         channels: 3 or 1.
         size: Wanted (width, height); None: as it is.
         border: See `pixels`.
     """
     from PIL import Image, ImageOps
 
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"Can't read {path}: {error.strerror}.") from error
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             if file.mode.startswith(("I", "F")):
