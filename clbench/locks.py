@@ -11,6 +11,7 @@ from pathlib import Path
 from clbench.errors import Busy, UserError
 from clbench.files import unwritable
 
+_ATTEMPTS = 5
 _NONE_OFFERED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
@@ -51,13 +52,15 @@ def _taken(folder: Path, what: str) -> int:
 
 
 def _opened(folder: Path) -> int:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    except FileNotFoundError:
-        return _opened(folder)  # removed between the two calls
-    except OSError as error:
-        raise unwritable(folder, error) from error
+    for attempt in range(_ATTEMPTS):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            # Another process may have removed the folder between the two calls.
+            if not isinstance(error, FileNotFoundError) or attempt + 1 == _ATTEMPTS:
+                raise unwritable(folder, error) from error
+    raise AssertionError
 
 
 def _lock(lock: int, folder: Path, what: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -88,8 +87,9 @@ class Sleeps(Faulty):
     """Sleeps for ever, and a process that it has started does so too."""
 
     def fault(self) -> None:
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
-        Path(f"{self.note}.child").write_text(str(child.pid))
+        endless = [sys.executable, "-c", "import time; time.sleep(1000)"]
+        child = os.posix_spawn(sys.executable, endless, os.environ)
+        Path(f"{self.note}.child").write_text(str(child))
         time.sleep(1000)
 
 
