@@ -42,9 +42,11 @@ class FeatureExtractor(nn.Module, ABC):
 
     Attributes:
         n_features: Length of the vector.
+        size: Height and width that images are resized to first; None: they come as they are.
     """
 
     n_features: int
+    size: tuple[int, int] | None = None
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -264,6 +266,9 @@ class Timm(Backbone):
         patch_size: In pixels, for models with a patch embedding. None: the model's own.
         drop_rate: Dropout before the classifier, in [0, 1). None: the model's own.
         drop_path_rate: Stochastic depth, in [0, 1). None: the model's own.
+        input_size: "images": the model is built for the size that they come in; "weights": they
+            are resized (bicubic, antialiased, on the device) to the size that timm records for
+            the name, as most published numbers of small images have it.
     """
 
     name: str
@@ -271,6 +276,7 @@ class Timm(Backbone):
     patch_size: int | None = None
     drop_rate: float | None = None
     drop_path_rate: float | None = None
+    input_size: Literal["images", "weights"] = "images"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -311,6 +317,8 @@ class Timm(Backbone):
 
     def _assemble(self, image_shape: tuple[int, int, int]) -> tuple[FeatureExtractor, State]:
         config = _timm_config(self.name)
+        size = tuple(config.input_size[1:]) if self.input_size == "weights" else None
+        image_shape = (image_shape[0], *(size or image_shape[1:]))
         head: State = {}
         overlay: dict[str, Any] | None = None
         if self.weights is not None:
@@ -331,7 +339,7 @@ class Timm(Backbone):
             model.reset_classifier(0)
         n_features = _timm_features(model, image_shape, self.name)
         _require_whole_patches(model, image_shape, self.name)
-        return TimmFeatures(model, n_features), head
+        return TimmFeatures(model, n_features, size), head
 
     def _create(
         self,
@@ -511,16 +519,26 @@ class TimmFeatures(FeatureExtractor):
     Args:
         model: timm's module, without a classifier.
         n_features: Length of its output.
+        size: Height and width that images are resized to before it; None: they come as they are.
     """
 
-    def __init__(self, model: nn.Module, n_features: int) -> None:
+    def __init__(
+        self, model: nn.Module, n_features: int, size: tuple[int, int] | None = None
+    ) -> None:
         super().__init__()
-        self.model, self.n_features = model, n_features
+        self.model, self.n_features, self.size = model, n_features, size
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, n_features]."""
-        features: Tensor = self.model(x)
+        features: Tensor = self.model(resized(x, self.size))
         return features
+
+
+def resized(x: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Normalised images, [B, C, H, W], in another size: bicubic, antialiased; None: as they are."""
+    if size is None or x.shape[-2:] == size:
+        return x
+    return F.interpolate(x, size, mode="bicubic", antialias=True)
 
 
 def describe(backbone: Backbone, extractor: FeatureExtractor) -> dict[str, Any]:
@@ -533,7 +551,7 @@ def describe(backbone: Backbone, extractor: FeatureExtractor) -> dict[str, Any]:
     Returns:
         name, parameters (count), n_features, weights ({"file", "sha256"}, or {"tag", "hub",
         "url"} from timm's hub, or what a pre-training of the suite's own tells, or None), mean,
-        std, norm_layers (class names).
+        std, resized_to ([height, width] or None), norm_layers (class names).
     """
     weights = backbone.published()
     if backbone.weights is not None:
@@ -547,6 +565,7 @@ def describe(backbone: Backbone, extractor: FeatureExtractor) -> dict[str, Any]:
         "weights": weights,
         "mean": None if backbone.mean is None else list(backbone.mean),
         "std": None if backbone.std is None else list(backbone.std),
+        "resized_to": None if extractor.size is None else list(extractor.size),
         "norm_layers": sorted(kind for kind in kinds if _NORM_LAYER.search(kind)),
     }
 

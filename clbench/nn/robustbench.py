@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from clbench import cache
 from clbench.errors import UserError
 from clbench.nn.backbones import Backbone, FeatureExtractor
+from clbench.nn.cutting import CutModel, features_of, without_head
 from clbench.nn.weights import State, brief
 from clbench.types import LOCATION
 
@@ -65,15 +65,9 @@ class RobustBench(Backbone):
 
     def _assemble(self, image_shape: tuple[int, int, int]) -> tuple[FeatureExtractor, State]:
         model = self._load()
-        head = dict(_without_head(model, _CLASSES[self.dataset], self.name).state_dict())
-        with torch.no_grad():
-            features = model(torch.zeros(1, *image_shape))
-        if not isinstance(features, Tensor) or features.ndim != 2:
-            raise UserError(
-                f"RobustBench's {self.name} does not end in its linear layer, so it can't be cut "
-                "into features and a head. Choose another backbone.name."
-            )
-        return _Zoo(model, features.shape[1]), head
+        whose = f"RobustBench's {self.name}"
+        head = dict(without_head(model, _CLASSES[self.dataset], whose).state_dict())
+        return CutModel(model, features_of(model, image_shape, whose)), head
 
     def _load(self) -> nn.Module:
         try:
@@ -101,37 +95,3 @@ class RobustBench(Backbone):
             ) from error
         assert isinstance(model, nn.Module)
         return model.eval()
-
-
-class _Zoo(FeatureExtractor):
-    """A model whose final layer is the identity."""
-
-    def __init__(self, model: nn.Module, n_features: int) -> None:
-        super().__init__()
-        self.model, self.n_features = model, n_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        features: Tensor = self.model(x)
-        return features
-
-
-def _without_head(model: nn.Module, n_classes: int, name: str) -> nn.Linear:
-    """Takes the last linear layer of so many outputs out of a model.
-
-    Returns:
-        The layer, in whose place the identity is now.
-    """
-    found = [
-        (path, module)
-        for path, module in model.named_modules()
-        if path and isinstance(module, nn.Linear) and module.out_features == n_classes
-    ]
-    if not found:
-        raise UserError(
-            f"RobustBench's {name} has no linear layer of {n_classes} outputs, so it can't be cut "
-            "into features and a head. Choose another backbone.name."
-        )
-    path, head = found[-1]
-    parent, _, child = path.rpartition(".")
-    setattr(model.get_submodule(parent), child, nn.Identity())
-    return head

@@ -342,6 +342,7 @@ def test_describe(tmp_path):
         },
         "mean": [0.1, 0.2, 0.3],
         "std": [1.0, 1.0, 1.0],
+        "resized_to": None,
         "norm_layers": ["BatchNorm2d"],
     }
 
@@ -490,6 +491,19 @@ def test_timm_hub_weights_keep_their_head(monkeypatch):
     assert facts["weights"]["tag"] == "augreg_in21k_ft_in1k"
     assert facts["weights"]["hub"] == "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     assert facts["parameters"] == size(origin) - 193 * 1000
+
+
+def test_timm_reads_images_in_the_size_of_the_weights():
+    """As resizing them before: normalisation and cropping to a size commute with it."""
+    backbone = Timm(name="vit_tiny_patch16_224", input_size="weights")
+    extractor = build(backbone).eval()
+    assert extractor.model.patch_embed.img_size == (224, 224)
+    assert extractor.size == (224, 224)
+    x = images(RGB)
+    larger = nn.functional.interpolate(x, (224, 224), mode="bicubic", antialias=True)
+    torch.testing.assert_close(extractor(x), extractor.model(larger), rtol=0, atol=0)
+    torch.testing.assert_close(extractor(larger), extractor.model(larger), rtol=0, atol=0)
+    assert describe(backbone, extractor)["resized_to"] == [224, 224]
 
 
 def test_import_leaves_timm_alone():
