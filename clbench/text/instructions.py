@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -40,6 +41,8 @@ from clbench.types import (
     derive_seed,
     require,
 )
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,9 @@ class InstructionScenario(Scenario):
             or as it was published.
         train_samples: Examples of each experience to learn from, at most; 0: all.
         test_samples: Examples of each experience to be scored on, at most; 0: all.
+        evaluation_share: Questions of all evaluations together, as a part of the examples that are
+            gone through in learning, at most; 0: as many as there are. What is left out is drawn
+            once for all seeds, alike from each task; `scenario_facts` says how much.
         cache_dir: Where trained tokenizers and taught models are kept; None: the user's.
     """
 
@@ -109,11 +115,13 @@ class InstructionScenario(Scenario):
     order: tuple[str, ...] = ()
     train_samples: int = 0
     test_samples: int = 0
+    evaluation_share: float = 1.0
     cache_dir: Path | None = field(default=None, metadata=LOCATION)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "answer_length", "train_samples", "test_samples", at_least=0)
+        require(self, "evaluation_share", at_least=0)
         require(self, "vocabulary_size", at_least=300)
         Template(self.template, self.separator)
 
@@ -127,8 +135,9 @@ class InstructionScenario(Scenario):
     def stream(self, split: Split, seed: int) -> Stream:
         found = self.instructions(split)
         parts = [self._limited(part) for part in self._ordered(found, seed)]
-        tokenizer = self._tokenizer([*found.base, *parts])
-        taught = [*parts, *found.base]
+        parts, base, evaluation = self._affordable(parts, found.base)
+        tokenizer = self._tokenizer([*base, *parts])
+        taught = [*parts, *base]
         length = self._answer_length(taught, tokenizer)
         encoding = _Encoding(
             Template(self.template, self.separator),
@@ -147,6 +156,7 @@ class InstructionScenario(Scenario):
             "decoding": dict(decoding(self.scoring, length)),
             "train": learned,
             "test": asked,
+            "evaluation": evaluation,
             "padding_share": self._padding(train, parts, transform),
         }
         return Stream(
@@ -203,6 +213,34 @@ class InstructionScenario(Scenario):
             train=some(part.train, self.train_samples, f"train {part.task.name}"),
             test=some(part.test, self.test_samples, f"test {part.task.name}"),
         )
+
+    def _affordable(
+        self, parts: Sequence[Part], base: Sequence[Part]
+    ) -> tuple[list[Part], list[Part], Mapping[str, int]]:
+        """Tests that are worth their time: of each task no more than `evaluation_share` allows.
+
+        Returns:
+            Both kinds of parts, and facts: questions of one evaluation, and how many there are.
+        """
+        learned = self.epochs * sum(part.passes * len(part.train) for part in parts)
+        every = [*parts, *base]
+        there = sum(len(part.test) for part in every)
+        room = int(self.evaluation_share * learned / len(parts))
+        if self.evaluation_share and there > room:
+            at_most = max(1, room // len(every))
+            every = [
+                replace(p, test=some(p.test, at_most, f"evaluation {p.task.name}")) for p in every
+            ]
+        asked = sum(len(part.test) for part in every)
+        if asked < there:
+            _log.warning(
+                "each evaluation asks %d of %d test examples, so that evaluations take less time "
+                "than learning; scenario.evaluation_share=0 asks all",
+                asked,
+                there,
+            )
+        facts = {"questions": asked, "there_are": there}
+        return every[: len(parts)], every[len(parts) :], facts
 
     def _tokenizer(self, parts: Sequence[Part]) -> Tokenizer:
         if self.tokenizer == "bytes":

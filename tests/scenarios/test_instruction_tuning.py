@@ -78,7 +78,8 @@ def test_an_order_can_be_given_and_may_leave_tasks_out(folder: Path) -> None:
 
 
 def test_fewer_examples_are_always_the_same_ones(folder: Path) -> None:
-    scenario = strings(folder, train_samples=10, test_samples=2, order=("sort",))
+    few = {"train_samples": 10, "test_samples": 2, "evaluation_share": 0.0}
+    scenario = strings(folder, **few, order=("sort",))
     stream = scenario.stream(Split.EVALUATE, 0)
     train, test = stream.experiences[0].train, stream.tests[0]
     assert train is not None
@@ -171,3 +172,27 @@ def test_the_default_scenario_wastes_little_on_padding() -> None:
     stream = scenario.stream(Split.EVALUATE, 0)
     assert stream.facts["padding_share"] < 0.2
     assert [len(e.train or ()) for e in stream.experiences] == [1000] * 8
+
+
+def test_evaluations_ask_no_more_than_is_learned_unless_that_is_wanted(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """2 tasks of 32, so 64 to learn, 32 for each of 2 evaluations, 4 for each of 8 tests."""
+    options: dict[str, Any] = {
+        "order": ("upper", "sort"),
+        "tests_per_task": 10,
+        "base_tests_per_task": 9,
+        "base_epochs": 0,
+    }
+    stream = strings(folder, **options).stream(Split.EVALUATE, 0)
+    assert stream.facts["evaluation"] == {"questions": 32, "there_are": 74}
+    assert [len(t) for t in stream.tests] == [4, 4]
+    assert stream.source_test is not None
+    assert len(stream.source_test) == 24
+    assert "asks 32 of 74 test examples" in caplog.text
+    again = strings(folder, **options).stream(Split.EVALUATE, 1)
+    for one, other in zip(stream.tests, again.tests, strict=True):
+        assert torch.equal(one.take(torch.arange(4)).inputs, other.take(torch.arange(4)).inputs)
+    for more in ({"evaluation_share": 0.0}, {"epochs": 4}):
+        whole = strings(folder, **options, **more).stream(Split.EVALUATE, 0)
+        assert whole.facts["evaluation"] == {"questions": 74, "there_are": 74}
