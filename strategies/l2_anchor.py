@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clbench.errors import UserError
 from clbench.nn.anchor import Anchor
 from clbench.pretrained import positions, require_classifier
 from clbench.samples import Batch
 from clbench.training import GradientStrategy
-from clbench.types import Context, Experience, require
+from clbench.types import (
+    CLASSIFICATION,
+    LABELLED,
+    Context,
+    Experience,
+    Scenario,
+    Setting,
+    require,
+)
 
 
 @dataclass(kw_only=True)
@@ -41,8 +50,11 @@ class L2Anchor(GradientStrategy):
     ResNets; of its vision transformers, and of their weight of the penalty, no detail could be
     confirmed: 0.05 is in related code of the authors. "softmax" over the "experience" is what
     the prompts that it is compared with have; with loss_over=all it is what `ewc` has here.
-    Its combinations with distillation are left out.
+    Its combinations with distillation are left out. For answers in words, ours: the loss is the
+    scenario's, over all tokens, and everything that trains is held.
     """
+
+    settings: ClassVar[frozenset[Setting]] = LABELLED
 
     l2_lambda: float = 0.05
     from_start: bool = True
@@ -53,9 +65,15 @@ class L2Anchor(GradientStrategy):
         super().__post_init__()
         require(self, "l2_lambda", at_least=0)
 
+    def check(self, scenario: Scenario) -> None:
+        super().check(scenario)
+        if scenario.setting not in CLASSIFICATION and self.outputs == "sigmoid":
+            raise UserError("l2_anchor: answers in words are no classes. Set outputs=softmax.")
+
     def setup(self, model: nn.Module, context: Context) -> None:
         super().setup(model, context)
-        head = require_classifier("l2_anchor", model).head
+        self._classifies = context.scenario.setting in CLASSIFICATION
+        head = require_classifier("l2_anchor", model).head if self._classifies else nn.Identity()
         self._head = {id(p) for p in head.parameters()}
         self.met = torch.zeros(context.n_outputs, dtype=torch.bool, device=context.device)
         self.anchor = Anchor(model)
@@ -72,6 +90,8 @@ class L2Anchor(GradientStrategy):
         self._positions = positions(classes, self.context)
 
     def loss(self, batch: Batch) -> Tensor:
+        if not self._classifies:
+            return super().loss(batch) + self.anchor.penalty()
         outputs = self.forward(batch.inputs)[:, self._columns]
         targets = self._positions[batch.targets]
         if self.outputs == "softmax":

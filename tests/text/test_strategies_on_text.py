@@ -26,6 +26,7 @@ from strategies.derpp import DERpp
 from strategies.ewc import EWC
 from strategies.finetune import Finetune
 from strategies.hft import HFT
+from strategies.l2_anchor import L2Anchor
 from strategies.lwf import LwF
 from strategies.refresh import Refresh
 from strategies.replay import Replay
@@ -231,6 +232,25 @@ def test_limits_in_which_methods_are_fine_tuning_hold_on_text_too() -> None:
     plain, _ = learned(Finetune(), 2)
     for p, q in zip(refreshed.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_l2_anchor_holds_everything_that_trains() -> None:
+    """½ · 2 l2_lambda ‖θ − θ*‖² beside the loss of the answers; no head is treated apart."""
+    strategy, stream = learned(L2Anchor(l2_lambda=0.3))
+    train = stream.experiences[1].train
+    assert train is not None
+    batch = train.take(torch.arange(4))
+    plain = TOY.objective().loss(strategy.model(batch.inputs), batch.targets)
+    assert strategy.loss(batch).item() == pytest.approx(plain.item(), rel=1e-4)
+    with torch.no_grad():
+        for p in strategy.model.parameters():
+            p += 0.01
+    count = sum(p.numel() for p in strategy.model.parameters())
+    plain = TOY.objective().loss(strategy.model(batch.inputs), batch.targets)
+    expected = plain.item() + 0.3 * count * 0.01**2
+    assert strategy.loss(batch).item() == pytest.approx(expected, rel=1e-3)
+    with pytest.raises(UserError, match=r"Set outputs=softmax"):
+        L2Anchor(outputs="sigmoid").check(TOY)
 
 
 def test_a_memory_by_class_needs_one_label_a_sample() -> None:
