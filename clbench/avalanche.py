@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from clbench import foreign, machine
+from clbench import downloads, foreign, machine
 from clbench.classification import Classification, Images, ImageScenario, relabelled
 from clbench.errors import UserError
 from clbench.foreign import quietly
@@ -205,7 +205,8 @@ class AvalancheScenario(ImageScenario, ABC):
 
         factory, arguments = self._made_with(seed)
         try:
-            made = factory(**arguments)
+            with downloads.kept_inside():
+                made = factory(**arguments)
         except UserError:
             raise
         except Exception as error:  # Avalanche raises whatever its libraries do

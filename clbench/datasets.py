@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clbench import downloads
 from clbench.classification import Images, channel_statistics
 from clbench.division import DividedImages, held_out
 from clbench.errors import UserError
@@ -227,7 +229,8 @@ def _part(
         # NumPy 2.4.0 to 2.4.4 warn of the files that NumPy 1 wrote, as CIFAR's.
         warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
         try:
-            read = vars(datasets)[known.title](str(data_dir), train=train, download=download)
+            with downloads.fetching(data_dir) if download else nullcontext():
+                read = vars(datasets)[known.title](str(data_dir), train=train, download=download)
         except (OSError, RuntimeError, ValueError, AssertionError) as error:
             raise UserError(
                 f"{known.title} in {data_dir / known.folder} can't be read: {error}. Delete the "

@@ -35,6 +35,24 @@ def alone(folder: Path, what: str) -> Iterator[None]:
         os.close(lock)
 
 
+@contextlib.contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Waits until no other process is in such a block for the folder, where locks are offered.
+
+    Raises:
+        UserError: If the folder can't be written.
+    """
+    import fcntl
+
+    lock = _opened(folder)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
 def _taken(folder: Path, what: str) -> int:
     """The descriptor that holds the lock."""
     while True:

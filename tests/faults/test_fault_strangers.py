@@ -1,0 +1,409 @@
+"""What comes from elsewhere: files, names, archives, servers, values; none of it is trusted."""
+
+from __future__ import annotations
+
+import gc
+import http.server
+import io
+import json
+import re
+import stat
+import subprocess
+import sys
+import tarfile
+import threading
+import warnings
+import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import made_up
+import pytest
+from suite import Command
+from toy_runs import planned
+
+from clbench import datasets, downloads, tuning
+from clbench.cells import execute
+from clbench.errors import UserError
+from clbench.leaderboard import build
+from clbench.protocol import Names
+from clbench.report import write
+from clbench.results import RunFolder, find, read
+from clbench.tuning import FIRST_TUNING_SEED, Budget
+
+QUICK = ("scenario.epochs=1", "device=cpu", "progress=false", "threads=1")
+
+
+def faulty(kind: str, note: Path, **options: Any) -> dict[str, Any]:
+    """The node of a strategy of this folder."""
+    return {"_target_": f"strategies.faulty.{kind}", "lr": 0.05, "note": str(note), **options}
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+GARBAGE = {
+    "empty": "",
+    "garbage": "\x00\x01}{",
+    "NaN": json.dumps(made_up.plain(made_up.run())).replace('"train_samples": 17960', '"x": NaN'),
+    "other schema": json.dumps({**made_up.plain(made_up.run()), "schema": 99}),
+    "a list": "[]",
+    "a metric that is a text": json.dumps(
+        {**made_up.plain(made_up.run()), "metrics": {"average_accuracy": "0.9"}}
+    ),
+    "deep": "[" * 100_000,
+}
+
+
+def test_fault_20_garbage_for_a_result(work: Path, command: Command) -> None:
+    """Garbage, NaN or another schema as result.json | Left out, listed; rc 1 with strict=true."""
+    made_up.stored(work / "results", made_up.run(seed=0), made_up.run(seed=1))
+    for number, text in enumerate(GARBAGE.values()):
+        bad = work / "results" / "runs" / f"stranger-{number}"
+        bad.mkdir()
+        (bad / "result.json").write_text(text)
+    strict = command("phase=report", "strict=true")
+    assert strict.returncode == 1, strict.stderr
+    said = strict.stderr.splitlines()
+    assert len(said) == len(GARBAGE)
+    assert said[0].startswith("error: results/runs/stranger-0 can't be read: ")
+    report = (work / "results" / "leaderboard" / "leaderboard.md").read_text()
+    assert f"Unreadable, {len(GARBAGE)}:" in report
+    for number, text in enumerate(GARBAGE.values()):
+        assert f"runs/stranger-{number}: " in report
+        kept = work / "results" / "runs" / f"stranger-{number}" / "result.json"
+        assert kept.read_text() == text
+
+
+def test_fault_26_numbers_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss NaN, or a metric inf | Diverged, with the reason; never the best, never averaged."""
+    loss = execute(planned(tmp_path, faulty("Explodes", tmp_path / "note")))
+    assert loss.result.status == "diverged"
+    from clbench import metrics
+
+    monkeypatch.setattr(metrics, "summary", lambda *_: {"average_accuracy": float("inf")})
+    metric = execute(planned(tmp_path, seed=1))
+    assert (metric.result.status, metric.result.reason) == (
+        *("diverged", "average_accuracy is inf"),
+    )
+    monkeypatch.undo()
+    well = execute(planned(tmp_path, seed=2))
+    table = read(tmp_path).set_index("seed")
+    assert table["average_accuracy"].notna().to_dict() == {0: False, 1: False, 2: True}
+    boards = build(read(tmp_path)).boards
+    (row,) = [r for b in boards for r in b.table.to_dict("records") if r["name"] == "replay"]
+    assert row["diverged"] == 1
+    assert row["average_accuracy"] != row["average_accuracy"], "a mean of the seeds that survived"
+    assert tuning.score_of(loss.result) is tuning.score_of(metric.result) is None
+    assert tuning.score_of(well.result) is not None
+
+
+def test_fault_32_seeds_of_both_phases(tmp_path: Path) -> None:
+    """Evaluation seeds among the tuning seeds | Refused."""
+    cell = planned(tmp_path, seed=FIRST_TUNING_SEED - 1)
+    with pytest.raises(UserError, match="seeds from 1,000,000 on are for tuning"):
+        tuning.evaluate(cell, Budget(seeds=2), untuned=True)
+    assert not (tmp_path / "runs").exists()
+
+
+MISTAKES = {
+    "group": ("strategi=ewc", "No option 'strategi'. Did you mean 'strategy'?"),
+    "choice": ("strategy=ewcc", "No strategy 'ewcc'. Did you mean 'ewc'?"),
+    "key": ("strategy.l_r=0.1", "No option 'strategy.l_r'. Did you mean 'strategy.lr'?"),
+    "new key": ("+sed=1", "No option 'sed'. Did you mean 'seed'?"),
+    "grammar": ("seed=[1", "Can't read 'seed=[1'"),
+}
+
+
+@pytest.mark.parametrize(("override", "said"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_fault_33_misspelt(
+    override: str, said: str, work: Path, environment: dict[str, str]
+) -> None:
+    """Misspelt group, choice or key, +key, grammar | rc 2, suggestion, before torch is imported."""
+    script = (
+        "import sys\nfrom clbench.cli import main\n"
+        f"sys.argv[1:] = [{override!r}]\ncode = main()\n"
+        "print('torch' in sys.modules)\nraise SystemExit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment,
+        cwd=work,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {said}")
+    assert done.stdout == "False\n"
+    assert list(work.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [("seed=one", "seed='one' has the wrong type"), ("seed=-1", "seed=-1 is out of range")],
+)
+def test_fault_33_wrong_values(override: str, said: str, command: Command) -> None:
+    """A value of another type, or out of range | rc 2, and what it must be."""
+    done = command(override)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+TARGETS = ["os.system", "shutil.copyfile", "logging.os.system", "subprocess.run", "builtins.eval"]
+TARGETS += ["clbench.files.os.mkdir", "strategies..os.mkdir", "pickle.loads", "torch.load"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("key", ["strategy", "scenario", "scenario.backbone"])
+def test_fault_34_a_target_that_is_no_part(
+    target: str, key: str, work: Path, command: Command
+) -> None:
+    """`_target_` naming os.system or copyfile | Refused by name, canary absent."""
+    (work / "source").write_text("x")
+    kept = everything(work)
+    done = command(f"{key}._target_={target}", *QUICK)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "_target_" in done.stderr
+    assert everything(work) == kept
+
+
+NAMES = ["../../x", "/etc/x", "x" * 300, "a\0b", "a\nb", "..", "", "con:*?", "-rf"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fault_35_names_that_are_paths(name: str, tmp_path: Path) -> None:
+    """Names ../../x, /etc/x, 300 characters, NUL | Nothing is ever written outside the store."""
+    root = tmp_path / "deep" / "er" / "results"
+    cell = replace(planned(root), names=Names(name, name, name or None))
+    ended = execute(cell)
+    assert ended.folder.path.parent == root / "runs"
+    assert len(ended.folder.path.name) < 200
+    assert re.fullmatch(r"[\w.+-]+", ended.folder.path.name)
+    written = set(everything(tmp_path))
+    assert all(path.startswith("deep/er/results/runs/") for path in written)
+    ended.result.run["run_id"] = name or "x"
+    (ended.folder.path / "result.json").write_text(ended.result.to_json())
+    write(root)
+    outside = set(everything(tmp_path)) - written
+    assert all(path.startswith("deep/er/results/leaderboard/") for path in outside)
+
+
+@pytest.mark.parametrize("override", ["strategy=../../x", "scenario=/etc/x", "seed=a\0b"])
+def test_fault_35_on_the_command_line(override: str, work: Path, command: Command) -> None:
+    """The same as choices | rc 2, and nothing is written."""
+    done = command(override)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert list(work.iterdir()) == []
+
+
+def archive(member: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> bytes:
+    """A tar archive of one member."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        info = tarfile.TarInfo(member)
+        info.type, info.linkname, info.size = kind, target, 1 if kind == tarfile.REGTYPE else 0
+        tar.addfile(info, io.BytesIO(b"x"))
+    return data.getvalue()
+
+
+TARS = {
+    "slip": archive("../canary"),
+    "absolute": archive("/tmp/clbench-canary"),
+    "symlink": archive("link", tarfile.SYMTYPE, "/etc/passwd"),
+    "hardlink": archive("link", tarfile.LNKTYPE, "../../etc/passwd"),
+    "device": archive("device", tarfile.CHRTYPE),
+}
+
+
+@pytest.mark.parametrize("data", TARS.values(), ids=TARS.keys())
+def test_fault_36_archives(data: bytes, tmp_path: Path) -> None:
+    """Tar slip, absolute path, link, device | Refused, whatever a library asks for."""
+    inside = tmp_path / "inside"
+    with downloads.kept_inside(), tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        try:
+            tar.extractall(inside)
+        except tarfile.FilterError:
+            pass
+        else:  # PEP 706: an absolute path loses its root
+            assert not Path("/tmp/clbench-canary").exists()
+            there = [path.resolve() for path in inside.rglob("*")]
+            assert all(path.is_relative_to(inside.resolve()) for path in there)
+    assert [p.name for p in tmp_path.iterdir()] in ([], ["inside"])
+    assert not any(p.is_symlink() for p in tmp_path.rglob("*"))
+    assert "extraction_filter" not in vars(tarfile.TarFile)
+
+
+def test_fault_36_zip_slip(tmp_path: Path) -> None:
+    """Zip slip | The member lands inside."""
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as packed:
+        packed.writestr("../../canary", "x")
+        link = zipfile.ZipInfo("link")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        packed.writestr(link, "/etc/passwd")
+    inside = tmp_path / "inside"
+    with downloads.kept_inside(), zipfile.ZipFile(data) as packed:
+        packed.extractall(inside)
+    assert sorted(everything(tmp_path)) == ["inside/canary", "inside/link"]
+    assert not (inside / "link").is_symlink()
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Gives what a test has prepared, and counts who asks."""
+
+    status: ClassVar[int] = 200
+    body: ClassVar[bytes] = b""
+    length: ClassVar[int] = -1
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(self.status)
+        length = self.length if self.length >= 0 else len(self.body)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    def log_message(self, *_: object) -> None:  # type: ignore[override]
+        """Says nothing."""
+
+
+@pytest.fixture
+def mirror(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Server]]:
+    """The server that torchvision takes for MNIST's."""
+    import torchvision
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    where = f"http://127.0.0.1:{server.server_port}/"
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [where])
+    monkeypatch.setattr(Server, "asked", [])
+    yield Server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+    with warnings.catch_warnings():  # urllib leaves the sockets of refusals to the collector
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
+ANSWERS: dict[str, tuple[int, bytes, int]] = {
+    "another file": (200, b"\x1f\x8b" + b"0" * 1000, -1),
+    "cut short": (200, b"\x1f\x8b" + b"0" * 1000, 9912422),
+    "an error of the server": (500, b"", -1),
+    "a page": (200, b"<html>Please log in</html>", -1),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS.keys())
+def test_fault_37_downloads(
+    answer: tuple[int, bytes, int],
+    mirror: type[Server],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A wrong hash, a cut, 500, an HTML page | No dataset, clear text; asked again later."""
+    for name, value in zip(("status", "body", "length"), answer, strict=True):
+        monkeypatch.setattr(mirror, name, value)
+    for _ in range(2):
+        before = len(mirror.asked)
+        with pytest.raises(UserError, match=r"(?s)MNIST in .* can't be read: .*get it again"):
+            datasets.load("mnist", tmp_path, download=True)
+        assert len(mirror.asked) > before
+        with pytest.raises(UserError, match="MNIST is not in"):
+            datasets.check("mnist", tmp_path)
+
+
+def test_fault_38_words_that_are_code(tmp_path: Path) -> None:
+    """Script, $, | and newlines in names and errors | Words everywhere; nothing runs."""
+    evil = "<script>document.title='owned'</script>|$x$\n## owned `\\`"
+    run = made_up.run(scenario=evil, strategy="replay")
+    bad = made_up.failed(made_up.run(strategy=evil), reason=evil)
+    made_up.stored(tmp_path, made_up.run(seed=3))
+    for number, one in enumerate((run, bad)):
+        folder = RunFolder(tmp_path, f"stranger-{number}")
+        folder.path.mkdir(parents=True)
+        folder.result_file.write_text(one.to_json())
+    for path in write(tmp_path):
+        text = path.read_text(errors="replace") if path.suffix in (".md", ".html") else ""
+        assert "<script>document" not in text, path
+        assert path.suffix == ".html" or "\n## owned" not in text, path
+    # That nothing runs in a browser is tested on the page itself: tests/test_page.py.
+
+
+def test_fault_39_hash_seeds(work: Path, environment: dict[str, str]) -> None:
+    """Another PYTHONHASHSEED, another number of threads | The same result; threads are recorded."""
+    found = []
+    for seed in ("0", "12345"):
+        script = (
+            "import sys, json; sys.path.insert(0, sys.argv[1]); import toy_runs\n"
+            "from pathlib import Path\n"
+            f"ended = toy_runs.execute(toy_runs.planned(Path('r{seed}')))\n"
+            "print(json.dumps(toy_runs.numbers(ended), sort_keys=True))\n"
+            "print(ended.result.environment['threads'])"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(Path(__file__).parent)],
+            env={**environment, "PYTHONHASHSEED": seed},
+            cwd=work,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        found.append(done.stdout)
+    assert found[0] == found[1]
+    assert found[0].endswith("\n1\n")
+
+
+@pytest.mark.needs_root
+def test_fault_40_without_a_network(
+    namespaces: str, work: Path, environment: dict[str, str]
+) -> None:
+    """unshare -n | A synthetic scenario runs without a network."""
+    done = subprocess.run(
+        [namespaces, "-n", sys.executable, "-m", "clbench", *QUICK],
+        env=environment,
+        cwd=work,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    if "unshare" in done.stderr:
+        pytest.skip("namespaces are not allowed here")
+    assert done.returncode == 0, done.stderr
+    assert [found.row["status"] for found in find(work)] == ["complete"]
+
+
+def test_fault_40_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command, work: Path
+) -> None:
+    """A secret in the environment | In no file of a run, whoever says it; nor home, nor host."""
+    secret = "s3cr3t-0123456789abcdef"
+    monkeypatch.setenv("CLBENCH_TEST_TOKEN", secret)
+    monkeypatch.setattr("clbench.discretion._names", lambda: (str(Path.home()), "", "host-17"))
+    cell = planned(work, faulty("Tells", tmp_path / "note"))
+    with pytest.raises(RuntimeError, match=secret):
+        execute(cell)
+    files = everything(work)
+    assert any(name.endswith("log.txt") for name in files)
+    assert any(b"no *** in ~/data" in data for data in files.values())
+    for data in files.values():
+        assert secret.encode() not in data
+        assert f"{Path.home()}/".encode() not in data
+    done = command("results_dir=${oc.env:CLBENCH_TEST_TOKEN}", *QUICK)
+    assert done.returncode == 2
+    assert "reads the environment" in done.stderr
+    assert not (work / secret).exists()
