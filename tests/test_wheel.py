@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from suite import write_all
+from test_snippets import blocks
 
 from clbench import userspace
 
@@ -100,3 +101,49 @@ def test_a_two_file_strategy_runs_beside_the_wheel(installed: Path, work: Path) 
     assert result["environment"]["code"] == f"wheel {result['environment']['clbench']}"
     assert "_code_" in result["run"]["options"]["strategy"]
     assert "_code_" not in result["run"]["options"]["scenario"]
+
+
+@pytest.mark.slow
+def test_pyright_accepts_a_user_s_folder(installed: Path, work: Path) -> None:
+    """Strategies, scenarios and scripts beside the wheel, strictly; and it does look."""
+    pytest.importorskip("basedpyright", reason="basedpyright is not installed")
+    pages = ("add-strategy", "add-scenario", "own-data", "index", "faq", "backbones")
+    for page in pages:
+        found = list(blocks(f"docs/{page}.md"))
+        write_all(work, {b.file: b.text for b in found if b.file.endswith(".py")})
+        code = [b.text for b in found if b.language == "python" and not b.file]
+        write_all(work, {f"{page.replace('-', '_')}.py": "\n".join(code)})
+    wrong = "from clbench import run\n\nresult = run('digits', 'replay', seed='1')\nresult.metric\n"
+    write_all(work, {"wrong.py": wrong})
+    libraries = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
+    settings = {
+        "include": ["."],
+        "extraPaths": [str(installed), *libraries],
+        "typeCheckingMode": "strict",
+        "pythonVersion": "3.10",
+        # Of other libraries, which say little of their types.
+        **dict.fromkeys(
+            (
+                "reportMissingTypeStubs",
+                "reportUnknownMemberType",
+                "reportUnknownVariableType",
+                "reportUnknownArgumentType",
+            ),
+            "none",
+        ),
+    }
+    (work / "pyrightconfig.json").write_text(json.dumps(settings))
+    done = subprocess.run(
+        [sys.executable, "-m", "basedpyright", "--outputjson"],
+        cwd=work,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    report = json.loads(done.stdout)
+    found = [(Path(d["file"]).name, d["rule"], d["message"]) for d in report["generalDiagnostics"]]
+    assert report["summary"]["filesAnalyzed"] > len(pages)
+    rules = [rule for name, rule, _ in found if name == "wrong.py"]
+    assert rules[:2] == ["reportArgumentType", "reportAttributeAccessIssue"]
+    assert [one for one in found if one[0] != "wrong.py"] == []
