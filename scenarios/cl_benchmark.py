@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from clbench.errors import UserError
+from clbench.errors import UserError, did_you_mean
 from clbench.text.encoding import Example, Task
 from clbench.text.instruction_files import Item, read_items, read_labels, sha256
-from clbench.text.instructions import Instructions, InstructionScenario, Part
+from clbench.text.instructions import Instructions, Part
 from clbench.text.parting import part_examples, parted
+from clbench.text.taught import TaughtInstructions
 from clbench.types import LOCATION, Split, require
 
 #: Folder of each dataset: the task that it is an example of.
@@ -60,7 +61,7 @@ NO_LABEL = "-"
 
 
 @dataclass(kw_only=True)
-class CLBenchmark(InstructionScenario):
+class CLBenchmark(TaughtInstructions):
     """Fifteen datasets of text classification, one after another in a published order.
 
     A prompt is "Task:<task>", "Dataset:<name>", an instruction, "Option: " and the labels, the
@@ -79,6 +80,9 @@ class CLBenchmark(InstructionScenario):
         published_order: 1 to 6: of the datasets; 1 to 3 have four, 4 to 6 all fifteen. 0: all that
             are there, drawn from the seed.
         missing: What is done about datasets of the order that are not there: "refuse", or "skip".
+        taught: Datasets, none of the order's, that the model is taught before the stream, all of
+            it, once for all runs; measured after every experience. For a model that starts from
+            random weights; `train_samples` and `test_samples` hold for each of them too.
         name_task: Begin the prompt with the names of task and dataset, as published.
         tuning_fraction: Part of each dataset's training examples that TUNE gets, if it gets no
             datasets of its own; 0: none.
@@ -91,6 +95,7 @@ class CLBenchmark(InstructionScenario):
     root: Path | None = field(default=None, metadata=LOCATION)
     published_order: int = 1
     missing: Literal["refuse", "skip"] = "refuse"
+    taught: tuple[str, ...] = ()
     name_task: bool = True
     tuning_fraction: float = 0.2
 
@@ -112,9 +117,16 @@ class CLBenchmark(InstructionScenario):
         parts = [self._part(name, facts) for name in names]
         if not own:
             parts = [part_examples(part, split, self.tuning_fraction) for part in parts]
+        base = [self._base(name, split, facts) for name in self.taught]
         facts["division"] = "disjoint tasks" if own else "disjoint examples"
         facts["skipped"] = [name for name in self._wanted() if name not in self._there()]
-        return Instructions(parts, ordered=self.published_order > 0, facts=facts)
+        return Instructions(parts, base, ordered=self.published_order > 0, facts=facts)
+
+    def _base(self, name: str, split: Split, facts: dict[str, Any]) -> Part:
+        """A dataset that is taught; both splits have it, and test on different examples."""
+        part = self._limited(self._part(name, facts))
+        rest, tuning = parted(part.test, self.tuning_fraction, f"base {name}")
+        return replace(part, test=rest if split is Split.EVALUATE or not tuning else tuning)
 
     def _wanted(self) -> tuple[str, ...]:
         return self.order or ORDERS.get(self.published_order, ())
@@ -131,7 +143,8 @@ class CLBenchmark(InstructionScenario):
                 f"scenario.root={self.root}: there is no <Task>/<Dataset>/train.json. Name the "
                 "folder CL_Benchmark of github.com/cmnfriend/O-LoRA."
             )
-        wanted = self._wanted() or tuple(there)
+        wanted = self._wanted() or tuple(name for name in there if name not in self.taught)
+        self._check_taught(there, wanted)
         absent = [name for name in wanted if name not in there]
         if absent and self.missing == "refuse":
             raise UserError(
@@ -140,7 +153,7 @@ class CLBenchmark(InstructionScenario):
                 "scenario.published_order or scenario.order."
             )
         mine = [name for name in wanted if name in there]
-        others = [name for name in there if name not in mine]
+        others = [name for name in there if name not in (*mine, *self.taught)]
         own = bool(mine) and len(others) >= len(mine)
         if split is Split.TUNE and own:
             mine = others[: len(mine)]
@@ -150,6 +163,17 @@ class CLBenchmark(InstructionScenario):
                 "another scenario.published_order."
             )
         return mine, own
+
+    def _check_taught(self, there: Sequence[str], wanted: Sequence[str]) -> None:
+        for name in self.taught:
+            if name not in there:
+                raise UserError(
+                    f"scenario.taught: there is no dataset {name!r}. {did_you_mean(name, there)}"
+                )
+            if name in wanted:
+                raise UserError(
+                    f"scenario.taught: {name} comes in the stream too. Leave it out of one."
+                )
 
     def _there(self) -> list[str]:
         """Datasets of which a training or a test file is there."""

@@ -6,6 +6,7 @@ import json
 import re
 import tarfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,35 @@ def test_missing_datasets_are_refused_or_left_out(tmp_path: Path) -> None:
     assert stream.facts["skipped"] == ["yahoo"]
     with pytest.raises(UserError, match=r"there is no <Task>/<Dataset>/train.json"):
         CLBenchmark(language_model=TINY, root=tmp_path / "nowhere").check(Split.EVALUATE)
+
+
+def test_datasets_can_be_taught_before_the_stream(tmp_path: Path) -> None:
+    root, cache = tmp_path / "data", tmp_path / "cache"
+    names = ("RTE", "CB", "QQP", "WiC")
+    options: dict[str, Any] = {"published_order": 0, "base_epochs": 1, "cache_dir": cache}
+    scenario = benchmark(root, names, taught=("RTE", "WiC"), **options)
+    streams = {split: scenario.stream(split, 0) for split in Split}
+    kept = {}
+    for split, stream in streams.items():
+        assert sorted(e.name for e in stream.experiences) == ["CB", "QQP"]
+        assert stream.source is not None
+        assert stream.source_test is not None
+        assert len(stream.source) == 120
+        source = text_source(stream.source_test)
+        kept[split] = {source.examples[i].input for i in stream.source_test.index.tolist()}
+        assert all(text.startswith(("RTE test", "WiC test")) for text in kept[split])
+    assert not kept[Split.TUNE] & kept[Split.EVALUATE]
+    one, other = (scenario.model(seed, streams[Split.EVALUATE]) for seed in (0, 1))
+    untaught = replace(scenario, base_epochs=0).model(0, streams[Split.EVALUATE])
+    pairs = list(zip(one.parameters(), other.parameters(), untaught.parameters(), strict=True))
+    assert all(torch.equal(p, q) for p, q, _ in pairs)
+    assert not all(torch.equal(p, r) for p, _, r in pairs)
+    result = protocol.run(scenario, Finetune(), protocol.Conditions(device="cpu", threads=1))
+    assert result.metrics["general_change"] is not None
+    with pytest.raises(UserError, match=r"taught: there is no dataset 'CBB'. Did you mean 'CB'"):
+        benchmark(root, names, taught=("CBB",), **options).check(Split.EVALUATE)
+    with pytest.raises(UserError, match="taught: CB comes in the stream too"):
+        benchmark(root, names, taught=("CB",), order=("CB",), **options).check(Split.EVALUATE)
 
 
 def test_a_dataset_with_one_file_is_divided(tmp_path: Path) -> None:
