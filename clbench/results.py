@@ -122,7 +122,7 @@ class Result:
         Raises:
             ValueError: If it is not a result of this schema.
         """
-        content = json.loads(text)
+        content = json.loads(text, parse_constant=_finite, parse_float=_finite)
         if re.search(r"\\u[dD]", text):  # half a character, which JSON can hold, is no text
             content = json.loads(readable(json.dumps(content, ensure_ascii=False)))
         if not isinstance(content, dict) or "schema" not in content:
@@ -136,6 +136,13 @@ class Result:
             return Result(**content)
         except TypeError as error:
             raise ValueError(str(error)) from error
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
 
 
 def run_id(scenario: str, strategy: str, seed: int, identity: Mapping[str, Any]) -> str:
@@ -177,7 +184,7 @@ class RunFolder:
         """The result of an ended run; None if it has not ended or can't be read."""
         try:
             return Result.from_json(self.result_file.read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
 
     def write_config(self, text: str) -> None:
@@ -305,7 +312,9 @@ def _opened(path: Path) -> Found:
     try:
         result = Result.from_json((path / "result.json").read_text())
         return Found(path, result, _ended(path, result))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+        return Found(path, None, _without_result(path, "unreadable", str(error)))
+    except (OverflowError, RecursionError) as error:  # numbers and nesting beyond reason
         return Found(path, None, _without_result(path, "unreadable", str(error)))
 
 

@@ -208,7 +208,10 @@ def _entries(node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     base = node.get("base")
     if isinstance(base, Mapping):
         yield from ((f"base.{name}", text) for name, text in _entries(base))
-    yield from ((str(name), str(text)) for name, text in (node.get("search") or {}).items())
+    space = node.get("search") or {}
+    if not isinstance(space, Mapping):
+        raise UserError(f"search={space!r} must be a group: a sweep for each hyper-parameter.")
+    yield from ((str(name), str(text)) for name, text in space.items())
 
 
 def _parsed(name: str, text: str) -> Any:

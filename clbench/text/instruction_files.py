@@ -86,7 +86,8 @@ def read_items(path: Path, within: str = "") -> list[Item]:
         if not isinstance(whole, dict) or within not in whole:
             raise UserError(f"{path}, line 1: field {within!r} is missing. Mend the file.")
         found = re.search(rf'"{re.escape(within)}"\s*:', text)
-        assert found
+        if found is None:
+            raise UserError(f"{path}: field {within!r} is written with escapes. Write it plainly.")
         start = found.end()
     return list(_listed(text, start, path))
 
@@ -146,7 +147,7 @@ def _lines(text: str, path: Path) -> Iterator[Item]:
         if line.strip():
             try:
                 value = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: no JSON: {error}.") from error
             yield _item(value, path, number)
 
@@ -176,6 +177,8 @@ def _decoded(text: str, place: int, path: Path) -> tuple[Any, int]:
         raise UserError(f"{path}, line {error.lineno}: no JSON: {error.msg}.") from error
     except RecursionError as error:
         raise UserError(f"{path}: no JSON that could be read: nested too deeply.") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{path}: no JSON that could be read: {error}.") from error
 
 
 def _item(value: Any, path: Path, line: int) -> Item:
