@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import signal
 import sys
@@ -39,25 +40,37 @@ SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 STEP = 0.001
 
 
-def planned(root: Path, limits: Limits) -> Iterator[Cell]:
-    """A cell for every strategy in every kind of setting, each in a folder of its own."""
-    for name in configured("strategy"):
-        node = composed(f"strategy={name}")["strategy"]
-        strategy = build(node, Strategy, "strategy")
-        for kind in testing.ALIKE:
-            try:
-                toy = testing.toy_for(strategy, kind & strategy.settings)
-            except (AssertionError, UserError):
-                continue
-            setting = toy.setting.value
-            yield Cell(
-                composed={"scenario": options(toy), "strategy": node},
-                conditions=Conditions(device="cpu", threads=1),
-                names=Names(setting, name),
-                tuned=None,
-                results_dir=root / f"{name}-{setting}",
-                limits=limits,
-            )
+def planned(name: str, root: Path, limits: Limits) -> Iterator[Cell]:
+    """A cell for a strategy in every kind of setting, each in a folder of its own."""
+    node = composed(f"strategy={name}")["strategy"]
+    strategy = build(node, Strategy, "strategy")
+    for kind in testing.ALIKE:
+        try:
+            toy = testing.toy_for(strategy, kind & strategy.settings)
+        except (AssertionError, UserError):
+            continue
+        setting = toy.setting.value
+        yield Cell(
+            composed={"scenario": options(toy), "strategy": node},
+            conditions=Conditions(device="cpu", threads=1),
+            names=Names(setting, name),
+            tuned=None,
+            results_dir=root / f"{name}-{setting}",
+            limits=limits,
+        )
+
+
+def rounds(dice: random.Random, root: Path) -> Iterator[Cell]:
+    """Every cell of every strategy in a random order, over and over."""
+    names = configured("strategy")
+    dice.shuffle(names)
+    cells = []
+    for name in names:
+        for cell in planned(name, root, Limits(checkpoint_every=0.2 / 60)):
+            cells.append(cell)
+            yield cell
+    while cells:
+        yield from cells
 
 
 def numbers(root: Path) -> tuple[str, str]:
@@ -96,13 +109,11 @@ def main() -> int:
 
 def kill(root: Path, kills: int, dice: random.Random, deadline: float) -> Mapping[str, Any]:
     """Kills until that has happened so often, or the time is up."""
-    cells = list(planned(root / "peace", Limits(checkpoint_every=0.2 / 60)))
-    dice.shuffle(cells)
     peace: dict[str, tuple[tuple[str, str], float]] = {}
     done, lost, wrong, killed = 0, [], [], {s.name: 0 for s in SIGNALS}
-    turn = 0
-    while done < kills and time.monotonic() < deadline:
-        cell, turn = cells[turn % len(cells)], turn + 1
+    for turn, cell in enumerate(rounds(dice, root / "peace")):
+        if done >= kills or time.monotonic() > deadline:
+            break
         name = cell.results_dir.name
         if name not in peace:
             note = root / f"{name}.peace"
@@ -117,7 +128,7 @@ def kill(root: Path, kills: int, dice: random.Random, deadline: float) -> Mappin
             process.join(dice.uniform(0, seconds))
             if process.exitcode is None and process.pid:
                 number = dice.choice(SIGNALS)
-                signal_to(process, number)
+                os.kill(process.pid, number)
                 killed[number.name] += 1
                 mine += 1
             timed(process)
@@ -135,13 +146,6 @@ def kill(root: Path, kills: int, dice: random.Random, deadline: float) -> Mappin
 def moved(cell: Cell, place: Path) -> Cell:
     """The same run in another folder."""
     return Cell(**{**vars(cell), "results_dir": place})
-
-
-def signal_to(process: BaseProcess, number: signal.Signals) -> None:
-    import os
-
-    assert process.pid
-    os.kill(process.pid, number)
 
 
 def report(
