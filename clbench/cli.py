@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import hydra
+import yaml
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
@@ -96,6 +97,8 @@ def _guarded(action: Callable[[], int]) -> int:
         message = str(error)
     except (HydraException, OmegaConfBaseException) as error:
         message = explained(error, sys.argv[1:])
+    except yaml.YAMLError as error:
+        message = f"A configuration file is no YAML: {error}"
     except ValueError as error:  # Hydra's own for scenario=null
         if "Config group override" not in str(error):
             raise

@@ -407,3 +407,12 @@ def test_fault_40_secrets(
     assert done.returncode == 2
     assert "reads the environment" in done.stderr
     assert not (work / secret).exists()
+
+
+def test_a_broken_yaml_is_a_message(work: Path, command: Command) -> None:
+    (work / "conf" / "strategy").mkdir(parents=True)
+    (work / "conf" / "strategy" / "mine.yaml").write_text("lr: [0.1\n_target_: x")
+    done = command("strategy=mine")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: A configuration file is no YAML: ")
+    assert "mine.yaml" in done.stderr
