@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clbench import hub
 from clbench.errors import UserError, did_you_mean
 from clbench.foreign import quietly
 from clbench.image_files import Pixels, decoded, statistics
@@ -25,7 +25,6 @@ from clbench.nn.weights import brief
 
 #: Files that `Dataset.save_to_disk` and `DatasetDict.save_to_disk` leave.
 _SAVED = ("dataset_dict.json", "state.json")
-_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -222,46 +221,30 @@ def _needed() -> Any:
 
 def _commit(name: str, revision: str | None) -> str | None:
     """The commit that a name stands for; None where HF_HUB_OFFLINE forbids to ask."""
-    hub = importlib.import_module("huggingface_hub")
-    if hub.constants.HF_HUB_OFFLINE:
-        return None
     try:
-        # Asked once: the library itself would try six times for half a minute, each with a word.
-        found = hub.HfApi().dataset_info(name, revision=revision, timeout=_SECONDS)
-    except hub.errors.HfHubHTTPError as error:
+        return hub.commit(name, "dataset", revision)
+    except hub.Unreachable as error:
         raise UserError(
-            f"The Hugging Face hub does not give {name!r}: {brief(error)}. Check the name, and "
-            "that you have access."
-        ) from error
-    except Exception as error:  # what its transport raises differs from version to version
-        raise UserError(
-            f"{name!r} is no folder, and the Hugging Face hub can't be reached ({brief(error)}). "
+            f"{name!r} is no folder, and the Hugging Face hub can't be reached ({error}). "
             "Where there is a network: load_dataset(...).save_to_disk('FOLDER'); then set "
             "scenario.path=FOLDER. Datasets in the hub's own cache: HF_HUB_OFFLINE=1."
         ) from error
-    return str(found.sha)
 
 
 @contextmanager
 def _understood(where: str) -> Iterator[None]:
     """What `datasets` says of a dataset as a message; its log and its bars stay out of ours."""
     datasets = importlib.import_module("datasets")
-    logs = [logging.getLogger(name) for name in ("datasets", "huggingface_hub", "httpx")]
-    levels = [log.level for log in logs]
     bars = datasets.are_progress_bars_disabled()
-    for log in logs:
-        log.setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
     try:
-        with quietly():
+        with quietly(), hub.quiet():
             yield
     except UserError:
         raise
     except Exception as error:  # its builders raise whatever their readers meet
         raise UserError(f"The dataset {where} can't be loaded: {brief(error)}.") from error
     finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)
         if not bars:
             datasets.enable_progress_bars()
 

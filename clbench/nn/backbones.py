@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clbench import hub
 from clbench.errors import UserError
 from clbench.nn.weights import (
     HEADS,
@@ -351,18 +352,19 @@ class Timm(Backbone):
         import timm
 
         try:
-            return timm.create_model(
-                self.name,
-                pretrained=self.starts_trained,
-                pretrained_cfg_overlay=overlay,
-                num_classes=None if self.pretrained and self.load_head else 0,
-                in_chans=image_shape[0],
-                # Models that read any size refuse the option; None leaves it out.
-                img_size=image_shape[1:] if fixed_input_size else None,
-                patch_size=self.patch_size,
-                drop_rate=self.drop_rate,
-                drop_path_rate=self.drop_path_rate,
-            )
+            with hub.quiet():
+                return timm.create_model(
+                    self.name,
+                    pretrained=self.starts_trained,
+                    pretrained_cfg_overlay=overlay,
+                    num_classes=None if self.pretrained and self.load_head else 0,
+                    in_chans=image_shape[0],
+                    # Models that read any size refuse the option; None leaves it out.
+                    img_size=image_shape[1:] if fixed_input_size else None,
+                    patch_size=self.patch_size,
+                    drop_rate=self.drop_rate,
+                    drop_path_rate=self.drop_path_rate,
+                )
         # timm, the hub's client and its transport share no base class for what goes wrong here.
         except Exception as error:
             if self.weights is not None:

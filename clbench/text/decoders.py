@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from clbench import hub
 from clbench.errors import UserError
 from clbench.text.language_model import LanguageModel
 from clbench.text.optional import needed
@@ -242,7 +243,12 @@ class Published(Decoder):
         config = self._config()
         try:
             model: nn.Module = (
-                automatic.from_pretrained(self._where, config=config, dtype=torch.float32)
+                automatic.from_pretrained(
+                    self._where,
+                    config=config,
+                    dtype=torch.float32,
+                    local_files_only=hub.cached_only(self.where),
+                )
                 if self.starts_trained
                 else automatic.from_config(config, dtype=torch.float32)
             )
@@ -252,7 +258,9 @@ class Published(Decoder):
 
     def _config(self) -> Any:
         try:
-            return needed("transformers").AutoConfig.from_pretrained(self._where)
+            return needed("transformers").AutoConfig.from_pretrained(
+                self._where, local_files_only=hub.cached_only(self.where)
+            )
         except (OSError, ValueError) as error:
             raise self._refusal(error) from error
 
@@ -262,6 +270,13 @@ class Published(Decoder):
         return str(folder) if folder.is_dir() else self.where
 
     def _refusal(self, error: Exception) -> UserError:
+        if hub.cached_only(self.where):
+            return UserError(
+                f"language_model.where={self.where} is no folder, not in the hub's cache, and the "
+                "Hugging Face hub can't be reached. Where there is a network: "
+                "model.save_pretrained('FOLDER') and its tokenizer's; then set "
+                "language_model.where=FOLDER."
+            )
         return UserError(
             f"language_model.where={self.where}: no causal language model could be loaded from "
             f"there: {error} Name a folder with config.json and model.safetensors, or a name on "

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from clbench import cache
+from clbench import cache, hub
 from clbench.errors import UserError
 from clbench.text.optional import needed
 
@@ -127,9 +127,16 @@ class Published(Tokenizer):
         folder = Path(where).expanduser()
         try:
             self._inner = transformers.AutoTokenizer.from_pretrained(
-                str(folder) if folder.is_dir() else where
+                str(folder) if folder.is_dir() else where,
+                local_files_only=hub.cached_only(where),
             )
         except (OSError, ValueError) as error:
+            if hub.cached_only(where):
+                raise UserError(
+                    f"scenario.tokenizer={where} is no folder, not in the hub's cache, and the "
+                    "Hugging Face hub can't be reached. Where there is a network: "
+                    "tokenizer.save_pretrained('FOLDER'); then set scenario.tokenizer=FOLDER."
+                ) from error
             raise UserError(
                 f"scenario.tokenizer={where}: no tokenizer could be loaded from there: {error} "
                 "Name a folder with tokenizer.json, a name on the Hugging Face hub, bytes or "
