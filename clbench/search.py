@@ -222,7 +222,7 @@ def _parsed(name: str, text: str) -> Any:
     wrong = f"strategy.search.{name}={text!r} is no search space. Write {_GRAMMAR}."
     try:
         sweep = OverridesParser.create().parse_override(f"x={text}").value()
-    except HydraException as error:
+    except (HydraException, ValueError, RecursionError) as error:  # e.g. thousands of digits
         raise UserError(wrong) from error
     if not isinstance(sweep, (ChoiceSweep, IntervalSweep, RangeSweep)):
         raise UserError(wrong)

@@ -227,6 +227,23 @@ class ForgetsItsMemory(Sound):
         raise AttributeError(name)
 
 
+class Hidden:
+    """What nobody can save."""
+
+    steps = 0
+
+
+class HidesItsSteps(Sound):
+    """Counts them where no state tells. **Differs from the paper:** no paper."""
+
+    def before(self, experience: Experience) -> None:  # noqa: ARG002
+        self._hidden = Hidden()
+
+    def loss(self, batch: Batch) -> Tensor:
+        self._hidden.steps += 1
+        return super().loss(batch) / self._hidden.steps
+
+
 class NeedsASecondExperience(Sound):
     """Divides by the classes still to come. **Differs from the paper:** no paper."""
 
@@ -379,7 +396,9 @@ class TakesTheSourceForGranted(SoundDrift):
 
 #: The fault, and every check that must notice it.
 FAULTS: Mapping[type[Strategy], set[str]] = {
-    OtherNumbersEveryTime: {"same_seed_same_numbers", "resumes_with_the_same_bits"},
+    OtherNumbersEveryTime: {
+        *("same_seed_same_numbers", "resumes_with_the_same_bits", "resumes_within_an_experience"),
+    },
     SameNumbersForEverySeed: {"other_seed_other_run", "beats_chance"},
     CountsPredictions: {"predict_leaves_no_trace"},
     PredictsInTrainingMode: {"predict_leaves_no_trace"},
@@ -390,13 +409,17 @@ FAULTS: Mapping[type[Strategy], set[str]] = {
     OneOutputTooMany: {"outputs_cover_seen_classes"},
     AlwaysTheSameAnswer: {"beats_chance"},
     ForgetsItsMemory: {"resumes_with_the_same_bits"},
+    HidesItsSteps: {"resumes_within_an_experience"},
     NeedsASecondExperience: {"one_experience_works"},
     NeedsTwoSamples: {"last_batch_of_one_works"},
     NeedsLabels: {"no_labels_no_learning"},
     KeepsOneWithoutBudget: {"no_memory_works"},
     ChangesItsOptions: {"options_build_it_again"},
     SaysNothing: {"says_how_it_differs"},
-    LearnsFromQuestions: {"predicting_changes_no_answer", "resumes_with_the_same_bits"},
+    LearnsFromQuestions: {
+        *("predicting_changes_no_answer", "resumes_with_the_same_bits"),
+        "resumes_within_an_experience",
+    },
     ScoresInDoubles: {"answers_every_sample"},
     ChangesItsBatch: {"answers_every_sample"},
     LooksLabelsUp: {"labels_are_out_of_reach"},
