@@ -57,7 +57,8 @@ def commands(page: str) -> Iterator[list[str]]:
     for line in "\n".join(shown).splitlines():
         found = re.match(r"\s*(?:\$ )?(?:python -m )?clbench\s+(.*)", f"{line} ")
         if found and not found[1].startswith("-sc"):
-            yield shlex.split(found[1], comments=True)
+            # What the shell does with the command is no argument of it.
+            yield shlex.split(re.split(r" [&|;>]", found[1])[0], comments=True)
 
 
 def photos(folder: Path) -> None:
