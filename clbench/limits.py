@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from clbench.errors import UserError
+from clbench.errors import TimedOut, UserError
 from clbench.types import require
 
 #: Copies of a model that checkpoints hold at most: with its optimizer's two averages, the state
@@ -75,11 +75,11 @@ def require_space(folder: Path, model: nn.Module, samples: int) -> None:
 
 @contextmanager
 def no_orphans() -> Iterator[None]:
-    """What the block has started and not ended when it fails is ended too."""
+    """What the block has started and not ended when its time is up is ended too."""
     before = _descendants(os.getpid())
     try:
         yield
-    except BaseException:
+    except TimedOut:
         for process in _descendants(os.getpid()) - before:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(process, signal.SIGKILL)
