@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from clbench.columns import told
+from clbench.columns import PROTOCOLS, told
 from clbench.errors import UserError
 from clbench.findings import Findings
 from clbench.leaderboard import Board
@@ -73,7 +73,7 @@ def _planned(findings: Findings) -> Iterator[Plan]:
     for key, boards in _comparable(findings.boards).items():
         scores = _scores(boards)
         words = f"Mean ranks over {len(scores)} scenarios ({key}) with the critical difference"
-        draw = functools.partial(ranks.critical_differences, scores, boards[0].higher)
+        draw = functools.partial(ranks.critical_differences, scores, boards[0].higher, key)
         yield "ranks", _name("ranks", key, scores.index), words, draw
     for study in findings.studies.values():
         words = f"Trials of the search {study.name}"
@@ -132,7 +132,7 @@ def _comparable(boards: Sequence[Board]) -> dict[str, list[Board]]:
     chosen: dict[str, dict[str, Board]] = {}
     for board in boards:
         if board.options.get("split") == "evaluate":
-            tuned = board.protocol.replace("_", " ")
+            tuned = PROTOCOLS.get(board.protocol, board.protocol)
             group = chosen.setdefault(f"{board.headline.replace('_', ' ')}, {tuned}", {})
             other = group.get(board.scenario)
             if other is None or len(board.table) > len(other.table):

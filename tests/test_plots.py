@@ -209,6 +209,7 @@ def test_a_diagram_of_ranks_names_all_methods_and_the_difference() -> None:
     texts = shown(ranks.critical_differences(-scores, higher=False))
     assert "d  1.00" in texts
     few = shown(ranks.critical_differences(scores.head(2)))
+    assert "(no name)" not in few
     assert any("it takes 3 of each" in text for text in few)
     with pytest.raises(UserError, match="1 methods"):
         ranks.critical_differences(scores[["a"]])

@@ -138,4 +138,5 @@ def legend(
 def titled(axes: Axes, title: str) -> None:
     """A title of any length and any characters, cut to the width of the figure."""
     width = axes.figure.bbox.width / axes.figure.dpi
-    axes.set_title(plain(title, int(10 * width)), loc="left", parse_math=False)
+    if title:
+        axes.set_title(plain(title, int(10 * width)), loc="left", parse_math=False)
