@@ -78,11 +78,7 @@ def numbers(root: Path) -> tuple[str, str]:
     (found,) = find(root)
     if not isinstance(found.result, Result):
         return str(found.row["status"]), ""
-    content = json.loads(found.result.to_json())
-    for name in toy_runs.CLOCKED:
-        content["costs"].pop(name, None)
-    content.get("online", {}).get("source_model", {}).pop("seconds_per_sample", None)
-    return found.result.status, json.dumps(content, sort_keys=True)
+    return found.result.status, json.dumps(toy_runs.numbers(found.result), sort_keys=True)
 
 
 def timed(process: BaseProcess, at_most: float = 300) -> float:

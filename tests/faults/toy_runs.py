@@ -16,6 +16,7 @@ from clbench.cells import Cell, Ended, execute
 from clbench.errors import Busy, Interrupted, UserError
 from clbench.limits import Limits
 from clbench.protocol import Conditions, Names
+from clbench.results import Result
 
 MLP = {"_target_": "clbench.nn.backbones.MLP", "hidden": [8]}
 #: About 60 steps; small enough to be started hundreds of times.
@@ -35,7 +36,7 @@ REPLAY: Mapping[str, Any] = {
 CLOCKED = ("train_seconds", "evaluate_seconds", "peak_memory_bytes", "adaptation_time_ratio")
 CLOCKED += ("source_inference_seconds",)
 #: What a run imports, so that a process that is made finds it there.
-PRELOADED = ["toy_runs", "clbench.testing", "strategies.replay"]
+PRELOADED = ["__main__", "toy_runs", "clbench.testing", "strategies.replay"]
 PRELOADED += ["torch._dynamo", "torch._inductor", "torch.onnx"]
 OFTEN = Limits(checkpoint_every=1e-9)
 
@@ -60,9 +61,10 @@ def planned(
     )
 
 
-def numbers(ended: Ended) -> dict[str, Any]:
+def numbers(ended: Ended | Result) -> dict[str, Any]:
     """Everything in a result but for what clocks and machines decide."""
-    content: dict[str, Any] = json.loads(ended.result.to_json())
+    result = ended.result if isinstance(ended, Ended) else ended
+    content: dict[str, Any] = json.loads(result.to_json())
     for name in CLOCKED:
         content["costs"].pop(name, None)
     content.get("online", {}).get("source_model", {}).pop("seconds_per_sample", None)
