@@ -146,7 +146,7 @@ def test_fault_06_a_node_is_removed() -> None:
 
 
 def test_fault_07_a_run_that_always_dies(tmp_path: Path) -> None:
-    """A run whose process always dies | Given up after two attempts, the others are well, rc 1."""
+    """A run whose process always dies | Given up after two attempts, the others are well."""
     note = tmp_path / "deaths"
     cell = planned(tmp_path, faulty("Kills", note, seed=1, times=99))
     with Workers(2) as pool:

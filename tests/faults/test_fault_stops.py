@@ -97,6 +97,7 @@ def test_fault_11_ctrl_c(times: int, tmp_path: Path) -> None:
     assert numbers(execute(planned(tmp_path / "cut"))) == numbers(whole)
 
 
+@pytest.mark.slow  # as 07 is, alone
 def test_fault_27_killed_for_its_memory(tmp_path: Path) -> None:
     """SIGKILL, as a memory limit of the system sends it | Out of memory after one retry."""
     from clbench import tuning
