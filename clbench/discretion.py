@@ -16,7 +16,8 @@ from clbench.errors import UserError
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE|AUTH", re.I)
 #: Shorter values are words that may stand anywhere.
 _SHORTEST = 8
-_ENVIRONMENT = re.compile(r"\$\{\s*oc\.(env|decode)\b")
+#: An even number of backslashes before it: with an odd one it is words.
+_ENVIRONMENT = re.compile(r"(?<!\\)(?:\\\\)*\$\{\s*oc\.(env|decode)\b")
 
 
 def discreet(text: str) -> str:
