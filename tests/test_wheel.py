@@ -103,7 +103,6 @@ def test_a_two_file_strategy_runs_beside_the_wheel(installed: Path, work: Path) 
     assert "_code_" not in result["run"]["options"]["scenario"]
 
 
-@pytest.mark.slow
 def test_pyright_accepts_a_user_s_folder(installed: Path, work: Path) -> None:
     """Strategies, scenarios and scripts beside the wheel, strictly; and it does look."""
     pytest.importorskip("basedpyright", reason="basedpyright is not installed")
