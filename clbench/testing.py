@@ -161,7 +161,7 @@ def resumes_within_an_experience(strategy: Strategy, scenario: Scenario) -> None
     with tempfile.TemporaryDirectory() as folder:
         where = RunFolder(Path(folder), "run")
         where.path.mkdir(parents=True)
-        for preempted in (_PreemptedAt(1, 2), _PreemptedAt(len(whole.experiences) - 1, 3)):
+        for preempted in (_PreemptedAt(1, 2), _PreemptedAt(len(whole.experiences) - 1)):
             try:
                 rest = _run(strategy, scenario, folder=where, progress=preempted)
             except Interrupted:
@@ -170,6 +170,7 @@ def resumes_within_an_experience(strategy: Strategy, scenario: Scenario) -> None
         rest = _run(strategy, scenario, folder=where)
         log = (where.path / "log.txt").read_text()
     assert _numbers(rest) == _numbers(whole)
+    assert rest.strategy_facts == whole.strategy_facts
     for name in ("train_samples", "forward_samples", "backward_samples"):
         assert rest.costs[name] == whole.costs[name], f"{name} differ"
     kind = type(strategy)
@@ -562,18 +563,20 @@ class _StopAt(Silent):
 
 
 class _PreemptedAt(Silent):
-    """Sends the signal of a scheduler after some step of some experience."""
+    """Sends the signal of a scheduler after some step of some experience, or half-way through."""
 
-    def __init__(self, experience: int, step: int) -> None:
-        self.experience, self.step = experience, step
+    def __init__(self, experience: int, step: int = 0) -> None:
+        self.experience, self.step, self.sent = experience, step, False
 
-    def start(self, name: str, samples: int) -> None:  # noqa: ARG002
+    def start(self, name: str, samples: int) -> None:
         self.now = int(name.split()[1].split("/")[0]) - 1
-        self.taken = 0
+        self.taken, self.seen, self.half = 0, 0, samples / 2
 
-    def advance(self, samples: int) -> None:  # noqa: ARG002
-        self.taken += 1
-        if (self.now, self.taken) == (self.experience, self.step):
+    def advance(self, samples: int) -> None:
+        self.taken, self.seen = self.taken + 1, self.seen + samples
+        due = self.taken == self.step if self.step else self.seen >= self.half
+        if due and self.now == self.experience and not self.sent:
+            self.sent = True
             if not callable(signal.getsignal(signal.SIGUSR1)):
                 raise Interrupted  # in a thread nobody could hear it
             signal.raise_signal(signal.SIGUSR1)

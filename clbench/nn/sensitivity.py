@@ -165,11 +165,14 @@ class Sensitivity:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """What was measured in the experiences that have ended."""
-        return {"within": self.within, "across": self.across}
+        """What was measured so far, and what the experience under way is compared with."""
+        under_way = {"start": self._start, "latest": self._latest, "changes": self._changes}
+        return {"within": self.within, "across": self.across, **under_way}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.within, self.across = list(state["within"]), list(state["across"])
+        self._start, self._latest = list(state.get("start", ())), list(state.get("latest", ()))
+        self._changes = list(state.get("changes", ()))
 
     def _copy(self) -> list[Tensor]:
         return [tensor.clone() for tensor in self._now]
