@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -13,9 +14,14 @@ from typing import Any
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
+from hypothesis import settings
 from suite import Command
 
 from clbench import cli, userspace
+
+# The same examples every time; HYPOTHESIS_PROFILE=default looks for others.
+settings.register_profile("reproducible", derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "reproducible"))
 
 
 @pytest.fixture
@@ -33,11 +39,16 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "argv", list(sys.argv))
+    # Hydra's --info logs to the output of its time, which is closed when the next test begins.
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
     plugins = Plugins.instance()
     classes = {kind: list(known) for kind, known in plugins.plugin_type_to_subclass_list.items()}
     names = dict(plugins.class_name_to_class)
     GlobalHydra.instance().clear()
     yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
     GlobalHydra.instance().clear()
     plugins.plugin_type_to_subclass_list.clear()
     plugins.plugin_type_to_subclass_list.update(classes)

@@ -199,7 +199,7 @@ def test_what_is_held_out(sizes: list[int], fraction: float, in_order: bool) -> 
         assert count >= 1 or size < 2
         assert count < size or size == 0, "nothing is left"
     if min(sizes) * fraction >= 1 and min(sizes) * (1 - fraction) >= 1:
-        assert len(held) == round(fraction * len(strata))
+        assert abs(len(held) - fraction * len(strata)) <= 0.5 + 1e-9  # halves fall either way
     if in_order:
         for s in range(len(sizes)):
             mine = (strata == s).nonzero().flatten().tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -104,6 +105,7 @@ class Stepping:
 def run_one(cell: Cell, note: Path | None = None, seconds: float = 0.0) -> None:
     """What a process does: a run, and an exit code like the command line's."""
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has it ignored
     try:
         execute(cell, (lambda: Stepping(note, seconds)) if note else None)
     except (Interrupted, Busy):
