@@ -20,7 +20,7 @@ from clbench import cache, glyph_datasets, machine
 from clbench.classification import Images
 from clbench.errors import UserError
 from clbench.glyph_catalogue import Catalogue, Pool
-from clbench.nn.backbones import Backbone, FeatureExtractor, TimmFeatures
+from clbench.nn.backbones import Backbone, FeatureExtractor, ModelFeatures
 from clbench.nn.transforms import ImageTransform
 from clbench.nn.weights import HEADS, WRAPPERS, State, fit, read, split_head, unwrap
 from clbench.progress import counting
@@ -174,7 +174,7 @@ class GlyphViT(Backbone):
 
     def _assemble(self, image_shape: tuple[int, int, int]) -> tuple[FeatureExtractor, State]:  # noqa: ARG002
         model = self.transformer()
-        extractor = TimmFeatures(model, self.embed_dim)
+        extractor = ModelFeatures(model, self.embed_dim)
         if self.weights is not None:
             state = unwrap(read(self.weights), (*WRAPPERS, "features.model.", "model."))
             state, head = split_head(state, HEADS)

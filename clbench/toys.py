@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from clbench.classification import ClassIncrementalImages, Images, ImageScenario
 from clbench.corrupted import CorruptedImages
 from clbench.corruptions import corrupt
-from clbench.nn.backbones import MLP, Backbone, ConvNet, FeatureExtractor, TimmFeatures
+from clbench.nn.backbones import MLP, Backbone, ConvNet, FeatureExtractor, ModelFeatures
 from clbench.nn.batch_statistics import batch_norms
 from clbench.nn.heads import Classifier
 from clbench.samples import TensorSource
@@ -87,7 +87,7 @@ class ToyViT(Backbone):
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=0.3)
-        return TimmFeatures(model, model.num_features), {}
+        return ModelFeatures(model, model.num_features), {}
 
 
 @dataclass(kw_only=True)

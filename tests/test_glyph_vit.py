@@ -22,7 +22,7 @@ from clbench.classification import Images
 from clbench.errors import UserError
 from clbench.glyph_catalogue import Pool
 from clbench.glyph_vit import SHAPE, GlyphViT, Varied
-from clbench.nn.backbones import TimmFeatures, describe
+from clbench.nn.backbones import ModelFeatures, describe
 from clbench.nn.heads import Classifier
 from clbench.nn.vit import vision_transformer
 from clbench.samples import Samples, TensorSource
@@ -127,7 +127,7 @@ def test_the_features_are_the_normalised_class_token(folder: Path) -> None:
     tokens = vit.forward_features(noise(2))
     assert tokens.shape == (2, 1 + 16, 16)
     assert torch.equal(extractor(noise(2)), tokens[:, 0])
-    assert isinstance(extractor, TimmFeatures)
+    assert isinstance(extractor, ModelFeatures)
     assert extractor.n_features == 16
     assert vit.patch_drop.__class__ is nn.Identity
     assert tiny(folder).is_vision_transformer

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clbench.nn.backbones import TimmFeatures
+from clbench.nn.backbones import ModelFeatures
 from clbench.nn.heads import Classifier
 
 
@@ -22,7 +22,7 @@ def transformer(depth: int, width: int = 16) -> Classifier:
         vit = VisionTransformer(**shape, embed_dim=width, depth=depth, num_heads=2)
         for parameter in vit.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
-        return Classifier(TimmFeatures(vit, width), torch.nn.Linear(width, 6))
+        return Classifier(ModelFeatures(vit, width), torch.nn.Linear(width, 6))
 
 
 def features(

@@ -340,7 +340,7 @@ class Timm(Backbone):
             model.reset_classifier(0)
         n_features = _timm_features(model, image_shape, self.name)
         _require_whole_patches(model, image_shape, self.name)
-        return TimmFeatures(model, n_features, size), head
+        return ModelFeatures(model, n_features, size), head
 
     def _create(
         self,
@@ -515,11 +515,11 @@ class _MLPFeatures(FeatureExtractor):
         return features
 
 
-class TimmFeatures(FeatureExtractor):
-    """Features of a model of timm.
+class ModelFeatures(FeatureExtractor):
+    """Features of a whole model of another library.
 
     Args:
-        model: timm's module, without a classifier.
+        model: It, without a classifier.
         n_features: Length of its output.
         size: Height and width that images are resized to before it; None: they come as they are.
     """

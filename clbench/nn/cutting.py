@@ -6,29 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from clbench.errors import UserError
-from clbench.nn.backbones import FeatureExtractor, resized
 from clbench.nn.weights import brief
-
-
-class CutModel(FeatureExtractor):
-    """A model whose final layer is the identity.
-
-    Args:
-        model: It.
-        n_features: Length of its output.
-        size: Height and width that images are resized to before it; None: they come as they are.
-    """
-
-    def __init__(
-        self, model: nn.Module, n_features: int, size: tuple[int, int] | None = None
-    ) -> None:
-        super().__init__()
-        self.model, self.n_features, self.size = model, n_features, size
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, n_features]."""
-        features: Tensor = self.model(resized(x, self.size))
-        return features
 
 
 def without_head(model: nn.Module, n_classes: int, whose: str) -> nn.Linear:

@@ -11,8 +11,8 @@ from torch import nn
 
 from clbench import cache
 from clbench.errors import UserError
-from clbench.nn.backbones import Backbone, FeatureExtractor
-from clbench.nn.cutting import CutModel, features_of, without_head
+from clbench.nn.backbones import Backbone, FeatureExtractor, ModelFeatures
+from clbench.nn.cutting import features_of, without_head
 from clbench.nn.weights import State, brief
 from clbench.types import LOCATION
 
@@ -67,7 +67,7 @@ class RobustBench(Backbone):
         model = self._load()
         whose = f"RobustBench's {self.name}"
         head = dict(without_head(model, _CLASSES[self.dataset], whose).state_dict())
-        return CutModel(model, features_of(model, image_shape, whose)), head
+        return ModelFeatures(model, features_of(model, image_shape, whose)), head
 
     def _load(self) -> nn.Module:
         try:

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from torch import nn
 
 from clbench.errors import UserError, did_you_mean
-from clbench.nn.backbones import Backbone, FeatureExtractor
-from clbench.nn.cutting import CutModel, features_of, without_head
+from clbench.nn.backbones import Backbone, FeatureExtractor, ModelFeatures
+from clbench.nn.cutting import features_of, without_head
 from clbench.nn.weights import WRAPPERS, State, brief, fit, read, unwrap
 
 #: Classes of ImageNet, which all of torchvision's classifiers know.
@@ -78,7 +78,7 @@ class TorchVision(Backbone):
             fit(model, unwrap(read(self.weights), WRAPPERS), self.weights)
         head = dict(without_head(model, _CLASSES, whose).state_dict())
         n_features = features_of(model, (3, *(size or image_shape[1:])), whose)
-        return CutModel(model, n_features, size), head if self.starts_trained else {}
+        return ModelFeatures(model, n_features, size), head if self.starts_trained else {}
 
     def _create(self, whose: str) -> nn.Module:
         from torchvision import models

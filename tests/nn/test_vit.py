@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clbench.errors import UserError
-from clbench.nn.backbones import MLP, TimmFeatures
+from clbench.nn.backbones import MLP, ModelFeatures
 from clbench.nn.heads import Classifier, classifier
 from clbench.nn.vit import Tokens, add_after, add_beside_mlp, add_prefix, vision_transformer
 
@@ -228,7 +228,7 @@ def test_insertions_work_under_vmap(vit: Any, images: Tensor) -> None:
 
 
 def test_the_transformer_in_a_classifier_is_found(vit: Any) -> None:
-    model = Classifier(TimmFeatures(vit, WIDTH), nn.Linear(WIDTH, 2))
+    model = Classifier(ModelFeatures(vit, WIDTH), nn.Linear(WIDTH, 2))
     assert vision_transformer(model) is vit
 
 

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from turns import Pass, compare, show
 
 from clbench.adaptation import Adaptation
 from clbench.nn.backbones import CifarResNet
@@ -34,7 +33,6 @@ from strategies.tent import Tent
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 LAST, DEFAULT = torch.channels_last, torch.contiguous_format
-Pass = Callable[[], None]
 
 
 def resnet() -> nn.Module:
@@ -113,18 +111,6 @@ def entropy_steps(images: Tensor, labels: Tensor, size: int, layout: torch.memor
     return run
 
 
-def compare(contenders: dict[str, Pass], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each contender in each round, after one to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for index in range(-1, rounds):
-        for name in list(contenders) if index % 2 else list(contenders)[::-1]:
-            began = time.process_time()
-            contenders[name]()
-            if index >= 0:
-                seconds[name].append(time.process_time() - began)
-    return seconds
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compares, and prints a table for each kind of job."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -148,11 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "by hand, default format": by_hand(images, labels, size, DEFAULT),
         }
         seconds = compare(contenders, asked.rounds)
-        print(f"\n| {title} | CPU ms/image | x by hand |\n|---|---|---|")
-        for name, own in seconds.items():
-            ratios = [a / b for a, b in zip(own, seconds["by hand"], strict=True)]
-            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-            print(f"| {name} | {1000 * statistics.median(own) / count:.3f} | {spread} |")
+        show(title, seconds, "by hand", count, "image")
 
 
 if __name__ == "__main__":

@@ -15,15 +15,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from turns import Pass, compare, show
 
 from clbench import protocol
 from clbench.machine import isolated_rng
@@ -40,7 +39,6 @@ from suite import composed
 
 from clbench.config import build
 
-Pass = Callable[[], None]
 LR, EPOCHS = 0.1, 2
 
 
@@ -166,26 +164,6 @@ def _collated(rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tens
     mask = [[1] * (len(p) + len(a)) + [0] * n for (p, a), n in zip(rows, rest, strict=True)]
     labels = [[IGNORED] * len(p) + a + [IGNORED] * n for (p, a), n in zip(rows, rest, strict=True)]
     return torch.tensor(ids), torch.tensor(mask), torch.tensor(labels)
-
-
-def compare(contenders: Mapping[str, Pass], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each contender in each round, after one to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for index in range(-1, rounds):
-        for name in list(contenders) if index % 2 else list(contenders)[::-1]:
-            began = time.process_time()
-            contenders[name]()
-            if index >= 0:
-                seconds[name].append(time.process_time() - began)
-    return seconds
-
-
-def show(title: str, seconds: Mapping[str, list[float]], floor: str, count: int) -> None:
-    print(f"\n| {title} | CPU ms/sample | x by hand |\n|---|---|---|")
-    for name, found in seconds.items():
-        ratios = [a / b for a, b in zip(found, seconds[floor], strict=True)]
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"| {name} | {1000 * statistics.median(found) / count:.3f} | {spread} |")
 
 
 def padding(name: str, *overrides: str) -> None:

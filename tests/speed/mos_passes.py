@@ -15,16 +15,16 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from turns import compare, ratio
 
 from clbench.glyph_vit import GlyphViT
 from clbench.machine import isolated_rng
-from clbench.nn.backbones import Backbone, FeatureExtractor, TimmFeatures
+from clbench.nn.backbones import Backbone, FeatureExtractor, ModelFeatures
 from clbench.passes import FORWARD, Passes
 from clbench.samples import Batch
 from clbench.training import GradientStrategy
@@ -63,7 +63,7 @@ class RandomViT(Backbone):
             depth=shape.depth,
             num_heads=shape.num_heads,
         )
-        return TimmFeatures(model, shape.embed_dim), {}
+        return ModelFeatures(model, shape.embed_dim), {}
 
 
 def prepared(strategy: GradientStrategy, scenario: Glyphs) -> GradientStrategy:
@@ -84,25 +84,12 @@ def prepared(strategy: GradientStrategy, scenario: Glyphs) -> GradientStrategy:
     return strategy
 
 
-def turns(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Processor seconds of each, round by round."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for index in range(rounds):
-        for name in list(contenders)[:: 1 if index % 2 else -1]:
-            began = time.process_time()
-            contenders[name]()
-            seconds[name].append(time.process_time() - began)
-    return seconds
-
-
 def told(seconds: Mapping[str, Sequence[float]], base: str, unit: int) -> list[str]:
     """One line for each contender."""
     lines = []
     for name, mine in seconds.items():
-        ratios = sorted(a / b for a, b in zip(mine, seconds[base], strict=True))
         each = 1000 * statistics.median(mine) / unit
-        middle, low, high = statistics.median(ratios), ratios[0], ratios[-1]
-        lines.append(f"  {name:9} {each:8.2f} ms   {middle:.2f} x {base} ({low:.2f} to {high:.2f})")
+        lines.append(f"  {name:9} {each:8.2f} ms   x {base}: {ratio(mine, seconds[base])}")
     return lines
 
 
@@ -130,7 +117,7 @@ def inference(mos: MOS, batches: Sequence[Batch], rounds: int) -> list[str]:
         lazy()
     said, counted = mos.facts()["mean_passes_per_prediction"], passes.costs[FORWARD] / images
     head = f"passes for each image: {said:.3f} (counted {counted:.3f}), eager {len(mos.adapters)}"
-    lines = told(turns({"one": one, "lazy": lazy, "eager": eager}, rounds), "one", images)
+    lines = told(compare({"one": one, "lazy": lazy, "eager": eager}, rounds), "one", images)
     return [head, "processor time for each image:", *lines]
 
 
@@ -152,7 +139,7 @@ def training(scenario: Glyphs, rounds: int) -> list[str]:
                 strategy.update(strategy.loss(batch))
 
         loops[name] = loop
-    return ["processor time for each step:", *told(turns(loops, rounds), "adapters", 20)]
+    return ["processor time for each step:", *told(compare(loops, rounds), "adapters", 20)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

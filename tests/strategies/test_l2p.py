@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from vit_by_hand import features, transformer
 
 from clbench.errors import UserError
-from clbench.nn.backbones import TimmFeatures
+from clbench.nn.backbones import ModelFeatures
 from clbench.nn.heads import Classifier
 from clbench.samples import Batch
 from clbench.state import capture
@@ -88,7 +88,7 @@ def test_a_transformer_that_averages_its_tokens_averages_the_prompts(bench: Make
             for k, v in state.items()
         }
     )
-    one = bench(model=Classifier(TimmFeatures(averaging, 16), nn.Linear(16, 6)))
+    one = bench(model=Classifier(ModelFeatures(averaging, 16), nn.Linear(16, 6)))
     l2p, batch = one.prepare(L2P(**FEW)), one.batch(0, 0, 3)
     chosen = torch.tensor([[0, 1], [2, 0], [1, 3]])
     tokens = l2p._pool(chosen)

@@ -192,11 +192,11 @@ def test_the_top_of_known_architectures_stays(drift: Make) -> None:
 def test_the_last_blocks_of_a_vision_transformer_stay() -> None:
     from timm.models.vision_transformer import VisionTransformer
 
-    from clbench.nn.backbones import TimmFeatures
+    from clbench.nn.backbones import ModelFeatures
     from clbench.nn.batch_statistics import affine_parameters
 
     model = VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=12, num_heads=2)
-    chosen = affine_parameters(TimmFeatures(model, 8), SAR().frozen)
+    chosen = affine_parameters(ModelFeatures(model, 8), SAR().frozen)
     expected = {f"model.blocks.{i}.norm{j}" for i in range(9) for j in (1, 2)}
     assert {name.rpartition(".")[0] for name in chosen} == expected
 
