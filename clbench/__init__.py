@@ -6,14 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from clbench.conditions import Conditions as Conditions
     from clbench.errors import UserError as UserError
     from clbench.from_python import run as run
-    from clbench.protocol import Conditions as Conditions
     from clbench.results import Result as Result
     from clbench.results import read as read
 
 _PUBLIC = {
-    "Conditions": "clbench.protocol",
+    "Conditions": "clbench.conditions",
     "Result": "clbench.results",
     "UserError": "clbench.errors",
     "read": "clbench.results",

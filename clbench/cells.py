@@ -11,10 +11,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from clbench import config, machine, protocol, trackers
+from clbench.conditions import Conditions, Names, identify
 from clbench.errors import UserError
 from clbench.limits import Limits
 from clbench.progress import Progress, Silent
-from clbench.protocol import Conditions, Names
 from clbench.results import Result, RunFolder
 from clbench.types import Scenario, Strategy
 from clbench.workers import Died
@@ -100,7 +100,7 @@ def perform(
     progress: Callable[[], AbstractContextManager[Progress]] | None = None,
 ) -> Ended:
     """`execute` for a cell whose parts are built."""
-    identity = protocol.identify(scenario, strategy, cell.conditions, cell.names, cell.tuned)
+    identity = identify(scenario, strategy, cell.conditions, cell.names, cell.tuned)
     folder = RunFolder(cell.results_dir, identity["run_id"])
     tracker = trackers.guarded(cell.tracker, folder)
     with folder.claim():
@@ -138,7 +138,7 @@ def end(cell: Cell, why: Exception | Died) -> Ended:
         why: What it raised, or how its process died.
     """
     scenario, strategy = cell.build()
-    identity = protocol.identify(scenario, strategy, cell.conditions, cell.names, cell.tuned)
+    identity = identify(scenario, strategy, cell.conditions, cell.names, cell.tuned)
     folder = RunFolder(cell.results_dir, identity["run_id"])
     memory = why.out_of_memory if isinstance(why, Died) else False
     text = str(why) if isinstance(why, Died) else f"{type(why).__name__}: {why}"

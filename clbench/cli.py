@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from clbench.cells import Cell
-    from clbench.protocol import Names
+    from clbench.conditions import Names
     from clbench.results import Result, RunFolder
     from clbench.tuning import Budget
     from clbench.workers import Workers
@@ -260,7 +260,7 @@ def _benchmarked(
 ) -> Iterator[tuple[Names | None, Mapping[str, Any]]]:
     """Names and strategy nodes: the references', then the one that was asked for."""
     from clbench.classification import ImageScenario
-    from clbench.protocol import Names
+    from clbench.conditions import Names
     from clbench.types import CLASSIFICATION
 
     if command.references:
@@ -301,8 +301,8 @@ def _cell(command: Command, tree: Mapping[str, Any], names: Names | None = None)
     """What the command line asks to run."""
     from clbench import config
     from clbench.cells import Cell
+    from clbench.conditions import Conditions
     from clbench.limits import Limits
-    from clbench.protocol import Conditions
 
     keys, limits = Conditions.__dataclass_fields__, Limits.__dataclass_fields__
     return Cell(
@@ -318,7 +318,7 @@ def _cell(command: Command, tree: Mapping[str, Any], names: Names | None = None)
 
 
 def _names() -> Names:
-    from clbench.protocol import Names
+    from clbench.conditions import Names
 
     choices = HydraConfig.get().runtime.choices
     base = choices.get("strategy@strategy.base")

@@ -12,7 +12,7 @@ from clbench.results import Matrix, Result
 from clbench.statistics import interval
 
 if TYPE_CHECKING:
-    from clbench.protocol import Names
+    from clbench.conditions import Names
     from clbench.study import Study, Trial
 
 #: Wider matrices show only their last rows and columns' ends; the file has everything.

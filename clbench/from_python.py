@@ -15,10 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 from clbench import cells, config, protocol, trackers, userspace
 from clbench.cells import Cell
 from clbench.composing import GROUPS, composed, explained
+from clbench.conditions import Conditions, Names
 from clbench.errors import UserError
 from clbench.limits import Limits
 from clbench.progress import Bar, Progress, Silent
-from clbench.protocol import Conditions, Names
 from clbench.results import Result
 from clbench.types import Scenario, Strategy
 

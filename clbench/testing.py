@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from clbench import protocol
 from clbench.classification import ClassIncrementalImages, relabelled
+from clbench.conditions import Conditions
 from clbench.config import build, options
 from clbench.corrupted import CorruptedImages
 from clbench.errors import Interrupted, UserError
@@ -532,7 +533,7 @@ def _run(
     folder: RunFolder | None = None,
     progress: Silent | None = None,
 ) -> Result:
-    conditions = protocol.Conditions(device="cpu", threads=1)
+    conditions = Conditions(device="cpu", threads=1)
     result = protocol.run(
         scenario, copy.deepcopy(strategy), conditions, folder=folder, progress=progress
     )

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clbench.cells import Cell, Ended, end, execute
+from clbench.conditions import identify
 from clbench.errors import UserError
 from clbench.files import write_atomically
 from clbench.machine import isolated_rng
 from clbench.metrics import headline
-from clbench.protocol import identify
 from clbench.results import Result
 from clbench.samples import Samples
 from clbench.search import Outcome, Sampler, Space, Values, hopeless, propose, with_values

@@ -18,6 +18,7 @@ import torch
 from suite import composed, configured
 
 from clbench import protocol
+from clbench.conditions import Conditions
 from clbench.config import build
 from clbench.results import BENCHMARK_VERSION
 from clbench.testing import ALIKE, toy_for
@@ -59,7 +60,7 @@ def runs(name: str) -> dict[str, dict[str, Any]]:
 
 
 def _run(strategy: Strategy, toy: Scenario) -> dict[str, Any]:
-    result = protocol.run(toy, strategy, protocol.Conditions(threads=1))
+    result = protocol.run(toy, strategy, Conditions(threads=1))
     assert result.status == "complete", result.reason
     return {
         "accuracy_matrix": result.accuracy_matrix,

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from clbench import UserError, run, userspace
 from clbench.avalanche import to_avalanche
+from clbench.conditions import Conditions
 from clbench.config import build
 from clbench.nn.backbones import MLP
 from clbench.one_by_one import Stored, Views
 from clbench.progress import Silent
-from clbench.protocol import Conditions
 from clbench.protocol import run as run_here
 from clbench.results import RunFolder
 from clbench.samples import Samples

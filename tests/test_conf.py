@@ -167,16 +167,16 @@ def test_a_strategy_documents_itself_and_each_of_its_options(name: str) -> None:
 def test_every_option_of_config_yaml_has_a_default_and_is_read() -> None:
     tree = composed()
     from clbench.cli import GROUPS, Command
+    from clbench.conditions import Conditions
     from clbench.limits import Limits
-    from clbench.protocol import Conditions
 
     own = {f.name for kind in (Command, Conditions, Limits) for f in fields(kind)}
     assert set(tree) == own | set(GROUPS) - WITHIN.keys()
 
 
 def test_the_conditions_of_config_yaml_are_the_defaults_of_the_class() -> None:
+    from clbench.conditions import Conditions
     from clbench.config import fill
-    from clbench.protocol import Conditions
 
     names = {f.name for f in fields(Conditions)}
     written = {key: value for key, value in composed().items() if key in names}

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from clbench.adaptation import Adaptation
 from clbench.classification import Images
+from clbench.conditions import Conditions
 from clbench.corrupted import CorruptedImages
 from clbench.errors import Diverged, UserError
 from clbench.nn.backbones import ConvNet
 from clbench.online import CALIBRATION_BINS, Tally, metrics
-from clbench.protocol import Conditions, run
+from clbench.protocol import run
 from clbench.results import Result, RunFolder
 from clbench.samples import Batch, TensorSource
 from clbench.types import Split

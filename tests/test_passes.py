@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from clbench.conditions import Conditions
 from clbench.nn.heads import Classifier
 from clbench.passes import BACKWARD, FORWARD, Passes
 from clbench.progress import Silent
-from clbench.protocol import Conditions, run
+from clbench.protocol import run
 from clbench.results import RunFolder
 from clbench.samples import Batch
 from clbench.testing import ToyScenario

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from clbench import metrics
+from clbench.conditions import Conditions, Names, identify
 from clbench.config import options
 from clbench.errors import Diverged, UserError
 from clbench.progress import Silent
-from clbench.protocol import Conditions, Names, identify, run
+from clbench.protocol import run
 from clbench.results import Result, RunFolder
 from clbench.samples import Batch
 from clbench.testing import ToyScenario

@@ -11,8 +11,8 @@ import pytest
 
 from clbench import tuning
 from clbench.cells import Cell, execute
+from clbench.conditions import Conditions, Names
 from clbench.errors import UserError
-from clbench.protocol import Conditions, Names
 from clbench.results import read
 from clbench.study import Study, Trial
 from clbench.tuning import FIRST_TUNING_SEED, Budget

@@ -11,6 +11,7 @@ import configuration
 import pandas as pd
 
 from clbench import columns, protocol, userspace
+from clbench.conditions import Conditions
 from clbench.config import build
 from clbench.errors import UserError
 from clbench.results import Result
@@ -42,7 +43,7 @@ def costs(name: str) -> tuple[str, Mapping[str, float]] | None:
         except AssertionError:
             continue
         try:
-            result: Result = protocol.run(toy, strategy(name), protocol.Conditions(threads=1))
+            result: Result = protocol.run(toy, strategy(name), Conditions(threads=1))
         except UserError:  # it needs something that is not installed here
             return None
         return type(toy).__name__, _per_sample(result, toy)

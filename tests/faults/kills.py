@@ -28,10 +28,10 @@ from suite import composed, configured  # noqa: E402
 
 from clbench import testing, userspace  # noqa: E402
 from clbench.cells import Cell  # noqa: E402
+from clbench.conditions import Conditions, Names  # noqa: E402
 from clbench.config import build, options  # noqa: E402
 from clbench.errors import UserError  # noqa: E402
 from clbench.limits import Limits  # noqa: E402
-from clbench.protocol import Conditions, Names  # noqa: E402
 from clbench.results import Result, find  # noqa: E402
 from clbench.types import Strategy  # noqa: E402
 

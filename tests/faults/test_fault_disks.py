@@ -209,7 +209,7 @@ def test_fault_18_the_checkpoint_of_another_run(tmp_path: Path) -> None:
     (theirs,) = (tmp_path / "one" / "runs").iterdir()
     other = planned(tmp_path / "other", {**REPLAY, "lr": 0.02})
     scenario, strategy = other.build()
-    from clbench.protocol import identify
+    from clbench.conditions import identify
 
     run = identify(scenario, strategy, other.conditions, other.names)
     mine = RunFolder(tmp_path / "other", run["run_id"])

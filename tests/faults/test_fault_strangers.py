@@ -26,9 +26,9 @@ from toy_runs import planned
 
 from clbench import datasets, downloads, tuning
 from clbench.cells import execute
+from clbench.conditions import Names
 from clbench.errors import UserError
 from clbench.leaderboard import build
-from clbench.protocol import Names
 from clbench.report import write
 from clbench.results import RunFolder, find, read
 from clbench.tuning import FIRST_TUNING_SEED, Budget

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from clbench.cells import Cell, Ended, execute
+from clbench.conditions import Conditions, Names
 from clbench.errors import Busy, Interrupted, UserError
 from clbench.limits import Limits
-from clbench.protocol import Conditions, Names
 from clbench.results import Result
 
 MLP = {"_target_": "clbench.nn.backbones.MLP", "hidden": [8]}

@@ -15,9 +15,9 @@ from pictures import draw_folder
 from suite import Command
 
 from clbench import huggingface
+from clbench.conditions import Conditions, identify
 from clbench.errors import UserError
 from clbench.nn.backbones import MLP
-from clbench.protocol import Conditions, identify
 from clbench.testing import check_scenario
 from clbench.text.decoders import Llama
 from clbench.types import Split

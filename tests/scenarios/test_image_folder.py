@@ -15,9 +15,9 @@ import pytest
 import torch
 from pictures import SHARED, draw, draw_folder
 
+from clbench.conditions import Conditions, identify
 from clbench.errors import UserError
 from clbench.nn.backbones import MLP
-from clbench.protocol import Conditions, identify
 from clbench.testing import check_scenario
 from clbench.types import Split
 from scenarios.image_folder import ImageFolder

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from clbench import chained
 from clbench.chained import ChainedSource
+from clbench.conditions import Conditions
 from clbench.corruptions import CORRUPTIONS, EXTRA_CORRUPTIONS, corrupt
 from clbench.errors import UserError
 from clbench.nn.backbones import ConvNet
 from clbench.nn.heads import classifier
-from clbench.protocol import Conditions, run
+from clbench.protocol import run
 from clbench.samples import Samples, TensorSource
 from clbench.types import Split, Stream
 from scenarios.imagenet_c import ImageNetC

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from clbench import protocol
+from clbench.conditions import Conditions
 from clbench.errors import UserError
 from clbench.testing import check_scenario
 from clbench.text.decoders import Llama
@@ -138,7 +139,7 @@ def test_datasets_can_be_taught_before_the_stream(tmp_path: Path) -> None:
     pairs = list(zip(one.parameters(), other.parameters(), untaught.parameters(), strict=True))
     assert all(torch.equal(p, q) for p, q, _ in pairs)
     assert not all(torch.equal(p, r) for p, _, r in pairs)
-    result = protocol.run(scenario, Finetune(), protocol.Conditions(device="cpu", threads=1))
+    result = protocol.run(scenario, Finetune(), Conditions(device="cpu", threads=1))
     assert result.metrics["general_change"] is not None
     with pytest.raises(UserError, match=r"taught: there is no dataset 'CBB'. Did you mean 'CB'"):
         benchmark(root, names, taught=("CBB",), **options).check(Split.EVALUATE)
@@ -350,7 +351,7 @@ def test_what_is_to_be_kept_is_measured_after_every_experience(tmp_path: Path) -
     assert stream.source is None
     assert stream.source_test is not None
     assert len(stream.source_test) == 12
-    result = protocol.run(scenario, Finetune(), protocol.Conditions(device="cpu", threads=1))
+    result = protocol.run(scenario, Finetune(), Conditions(device="cpu", threads=1))
     assert len(result.general["after"]["accuracy"]) == 2
     fingerprint = scenario.fingerprint()
     lines(tmp_path / "general.jsonl", "other", 12)
@@ -380,10 +381,10 @@ def test_text_of_any_script(tmp_path: Path) -> None:
     silent = [{"instruction": "hush", "input": str(i), "output": ""} for i in range(20)]
     paths = (str(dump(tmp_path / "a.json", content)), str(dump(tmp_path / "b.json", silent)))
     scenario = JSONLines(language_model=TINY, paths=paths, test_fraction=0.3)
-    result = protocol.run(scenario, Finetune(), protocol.Conditions(device="cpu", threads=1))
+    result = protocol.run(scenario, Finetune(), Conditions(device="cpu", threads=1))
     assert result.status == "complete"
     learned = JSONLines(language_model=TINY, paths=paths[1:], epochs=10)
-    result = protocol.run(learned, Finetune(), protocol.Conditions(device="cpu", threads=1))
+    result = protocol.run(learned, Finetune(), Conditions(device="cpu", threads=1))
     assert result.accuracy_matrix == [[1.0]], "nothing but the end token is easily learned"
 
 

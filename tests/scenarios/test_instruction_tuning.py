@@ -11,6 +11,7 @@ import torch
 from suite import composed
 
 from clbench import protocol, source_model
+from clbench.conditions import Conditions
 from clbench.config import build
 from clbench.errors import UserError
 from clbench.testing import check_scenario
@@ -118,7 +119,7 @@ def test_low_rank_updates_of_a_taught_model(folder: Path) -> None:
     samples = scenario.stream(Split.EVALUATE, 0).tests[0]
     inputs = samples.take(torch.arange(2)).inputs
     assert torch.allclose(adapted.eval()(inputs), plain.eval()(inputs), atol=1e-5)
-    result = protocol.run(scenario, Finetune(), protocol.Conditions(device="cpu", threads=1))
+    result = protocol.run(scenario, Finetune(), Conditions(device="cpu", threads=1))
     facts = result.scenario_facts["backbone"]
     assert result.status == "complete"
     assert facts["trained_parameters"] < facts["parameters"] / 4
@@ -126,7 +127,7 @@ def test_low_rank_updates_of_a_taught_model(folder: Path) -> None:
 
 def test_a_run_leaves_scores_by_task_and_what_is_left_of_the_base(folder: Path) -> None:
     scenario = strings(folder, order=("upper", "sort"))
-    result = protocol.run(scenario, Finetune(), protocol.Conditions(device="cpu", threads=1))
+    result = protocol.run(scenario, Finetune(), Conditions(device="cpu", threads=1))
     assert result.experiences == ["upper", "sort"]
     for matrix in (result.accuracy_matrix, result.scores["answer"], result.scores["format"]):
         assert [len(row) for row in matrix] == [2, 2]
@@ -151,7 +152,7 @@ def test_a_run_leaves_scores_by_task_and_what_is_left_of_the_base(folder: Path) 
 
 def test_ranking_is_another_way_to_be_scored(folder: Path) -> None:
     scenario = strings(folder, order=("count",), scoring="rank", base_epochs=0)
-    result = protocol.run(scenario, Finetune(), protocol.Conditions(device="cpu", threads=1))
+    result = protocol.run(scenario, Finetune(), Conditions(device="cpu", threads=1))
     assert result.metrics["format_error_rate"] == 0
     assert result.scenario_facts["decoding"]["method"] == "rank"
 
@@ -163,7 +164,7 @@ def test_a_trained_tokenizer_reads_the_same_text_with_fewer_tokens(folder: Path)
     lengths = [text_source(s.experiences[0].train).lengths.sum() for s in (by_bytes, trained)]
     assert lengths[1] < 0.8 * lengths[0]
     assert trained.n_outputs == trained.facts["tokenizer"]["size"] == 320
-    result = protocol.run(scenario, Finetune(), protocol.Conditions(device="cpu", threads=1))
+    result = protocol.run(scenario, Finetune(), Conditions(device="cpu", threads=1))
     assert result.status == "complete"
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from turns import Pass, compare, show
 
 from clbench import protocol
+from clbench.conditions import Conditions
 from clbench.machine import isolated_rng
 from clbench.samples import Samples
 from clbench.text.answering import padding_share
@@ -207,7 +208,7 @@ def main() -> None:
         padding("cl_benchmark", *more)
         padding("cl_benchmark", *more, "language_model.context_length=1024")
     if chosen.whole:
-        conditions = protocol.Conditions(device="cpu", threads=1)
+        conditions = Conditions(device="cpu", threads=1)
         costs = protocol.run(scenario("scenario=string_instructions"), Finetune(), conditions).costs
         train, evaluate = costs["train_seconds"], costs["evaluate_seconds"]
         share = evaluate / train

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import strategies.ewc
+from clbench.conditions import Conditions
 from clbench.errors import UserError
 from clbench.nn.fisher import diagonal_fisher
-from clbench.protocol import Conditions, run
+from clbench.protocol import run
 from clbench.samples import Samples
 from clbench.testing import ToyScenario
 from strategies.ewc import EWC

@@ -17,13 +17,14 @@ from suite import composed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clbench.conditions import Conditions
 from clbench.config import build
 from clbench.errors import Diverged, UserError
 from clbench.finetuning import matching, most_sensitive, only
 from clbench.nn.sensitivity import Unit, units
 from clbench.passes import BACKWARD, FORWARD
 from clbench.progress import Silent
-from clbench.protocol import Conditions, run
+from clbench.protocol import run
 from clbench.results import RunFolder
 from clbench.samples import Samples, class_balanced
 from clbench.testing import ToyScenario

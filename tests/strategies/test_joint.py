@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from clbench.conditions import Conditions
 from clbench.errors import UserError
 from clbench.nn.joined import join
-from clbench.protocol import Conditions, run
+from clbench.protocol import run
 from clbench.samples import Samples, TensorSource
 from clbench.testing import ToyScenario
 from clbench.types import Experience, Split

@@ -14,13 +14,14 @@ from suite import composed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clbench.conditions import Conditions
 from clbench.config import build
 from clbench.errors import UserError
 from clbench.finetuning import ModuleFinetuning
 from clbench.nn.memory import Memory
 from clbench.passes import BACKWARD, FORWARD
 from clbench.progress import Silent
-from clbench.protocol import Conditions, run
+from clbench.protocol import run
 from clbench.results import RunFolder
 from clbench.samples import Batch, Samples, class_balanced, concatenate
 from clbench.testing import ToyScenario

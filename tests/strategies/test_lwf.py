@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from clbench.conditions import Conditions
 from clbench.errors import UserError
-from clbench.protocol import Conditions, run
+from clbench.protocol import run
 from clbench.testing import ToyScenario
 from strategies.finetune import Finetune
 from strategies.lwf import LwF

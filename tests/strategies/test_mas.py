@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from clbench.conditions import Conditions
 from clbench.errors import UserError
-from clbench.protocol import Conditions, run
+from clbench.protocol import run
 from clbench.testing import ToyScenario
 from strategies.finetune import Finetune
 from strategies.mas import MAS

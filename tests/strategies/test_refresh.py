@@ -16,11 +16,12 @@ from suite import Command, composed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clbench.conditions import Conditions
 from clbench.config import build
 from clbench.errors import UserError
 from clbench.nn.fisher import diagonal_fisher
 from clbench.nn.noise import GaussianNoise
-from clbench.protocol import Conditions, run
+from clbench.protocol import run
 from clbench.state import capture
 from clbench.testing import ToyScenario
 from clbench.training import GradientStrategy

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from clbench.conditions import Conditions
 from clbench.errors import UserError
 from clbench.nn.transforms import Identity
-from clbench.protocol import Conditions, run
+from clbench.protocol import run
 from clbench.samples import Batch, Samples
 from clbench.testing import ToyScenario
 from clbench.types import Context, Experience, Objective

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from clbench import protocol
+from clbench.conditions import Conditions
 from clbench.errors import UserError
 from clbench.machine import isolated_rng
 from clbench.nn.fisher import diagonal_fisher
@@ -92,7 +93,7 @@ def test_no_more_rows_than_a_micro_batch_are_computed_at_once(
 
 @pytest.mark.parametrize("options", SAVING, ids=str)
 def test_a_method_that_replays_runs_with_it(options: dict[str, Any]) -> None:
-    conditions = protocol.Conditions(device="cpu", threads=1)
+    conditions = Conditions(device="cpu", threads=1)
     one, other = (
         protocol.run(replace(toy, epochs=2), DERpp(), conditions)
         for toy in (with_model(**options), TOY)
@@ -112,7 +113,7 @@ def test_any_configuration_of_peft_from_its_folder(tmp_path: Path) -> None:
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == 3
     assert all("ia3" in name for name in trained)
-    result = protocol.run(toy, Finetune(), protocol.Conditions(device="cpu", threads=1))
+    result = protocol.run(toy, Finetune(), Conditions(device="cpu", threads=1))
     assert result.status == "complete"
     assert result.costs["trainable_parameters"] == sum(
         p.numel() for n, p in model.named_parameters() if n in trained

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clbench import protocol
+from clbench.conditions import Conditions
 from clbench.errors import UserError
 from clbench.nn.fisher import Fisher, diagonal_fisher
 from clbench.nn.partition import partition
@@ -259,5 +260,5 @@ def test_a_memory_by_class_needs_one_label_a_sample() -> None:
 
 
 def test_bf16_runs() -> None:
-    conditions = protocol.Conditions(device="cpu", threads=1, precision="bf16")
+    conditions = Conditions(device="cpu", threads=1, precision="bf16")
     assert protocol.run(TOY, Finetune(), conditions).status == "complete"
