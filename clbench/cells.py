@@ -12,12 +12,12 @@ from omegaconf import OmegaConf
 
 from clbench import config, machine, protocol, trackers
 from clbench.conditions import Conditions, Names, identify
+from clbench.engines.pool import Died
 from clbench.errors import UserError
 from clbench.limits import Limits
 from clbench.progress import Progress, Silent
 from clbench.results import Result, RunFolder
 from clbench.types import Scenario, Strategy
-from clbench.workers import Died
 
 
 @dataclass(frozen=True, kw_only=True)

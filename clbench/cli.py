@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
     from clbench.cells import Cell
     from clbench.conditions import Names
+    from clbench.engines.pool import Pool
     from clbench.results import Result, RunFolder
     from clbench.tuning import Budget
-    from clbench.workers import Workers
 
 #: Exit codes: a mistake to mend; a run that did not complete; Ctrl-C; to be started again later.
 MISTAKE, INCOMPLETE, INTERRUPTED, LATER = 2, 1, 130, 75
@@ -192,17 +192,15 @@ def _only(phase: Callable[..., int]) -> Callable[[Command, Mapping[str, Any]], i
     """One phase of the strategy that was asked for, with processes of its own."""
 
     def run(command: Command, tree: Mapping[str, Any]) -> int:
-        from clbench.tuning import processes
+        from clbench.engines.local import Local
 
-        with processes(command.workers) as pool:
+        with Local().open(command.workers, str(tree["device"])) as pool:
             return phase(command, tree, None, pool)
 
     return run
 
 
-def _tune(
-    command: Command, tree: Mapping[str, Any], names: Names | None, pool: Workers | None
-) -> int:
+def _tune(command: Command, tree: Mapping[str, Any], names: Names | None, pool: Pool | None) -> int:
     """Searches on the tuning split."""
     from clbench import display, tuning
     from clbench.study import Trial
@@ -222,7 +220,7 @@ def _tune(
 
 
 def _evaluate(
-    command: Command, tree: Mapping[str, Any], names: Names | None, pool: Workers | None
+    command: Command, tree: Mapping[str, Any], names: Names | None, pool: Pool | None
 ) -> int:
     """Runs the chosen values on the evaluation split."""
     from clbench import display, tuning
@@ -243,10 +241,10 @@ def _evaluate(
 
 def _benchmark(command: Command, tree: Mapping[str, Any]) -> int:
     """Tunes, then evaluates; with its references first, if they are asked for."""
-    from clbench.tuning import processes
+    from clbench.engines.local import Local
 
     codes = []
-    with processes(command.workers) as pool:
+    with Local().open(command.workers, str(tree["device"])) as pool:
         for names, node in _benchmarked(command, tree):
             mine = {**tree, "strategy": node}
             codes.append(_tune(command, mine, names, pool))

@@ -71,10 +71,10 @@ def choose_threads(threads: int, flops_per_step: float) -> int:
 
 
 def available_cores() -> int:
-    """CPU cores this process may use."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """CPU cores this process may use: no more than OMP_NUM_THREADS says, which schedulers set."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    share = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return min(cores, int(share)) if share.isdecimal() and int(share) else cores
 
 
 def idle_cores() -> int:

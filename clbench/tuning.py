@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 from clbench.cells import Cell, Ended, end, execute
 from clbench.conditions import identify
+from clbench.engines.pool import Died, Pool
 from clbench.errors import UserError
 from clbench.files import write_atomically
 from clbench.machine import isolated_rng
@@ -23,7 +23,6 @@ from clbench.samples import Samples
 from clbench.search import Outcome, Sampler, Space, Values, hopeless, propose, with_values
 from clbench.study import Protocol, Study, Trial
 from clbench.types import Setting, Split, Stream, require
-from clbench.workers import Died, Workers
 
 #: Tuning seeds start here, evaluation seeds stay below.
 FIRST_TUNING_SEED = 1_000_000
@@ -59,19 +58,11 @@ class Budget:
         require(self, "trials", "tuning_seeds", "seeds", "batch", at_least=1)
 
 
-def processes(workers: int) -> AbstractContextManager[Workers | None]:
-    """So many processes that run trials and seeds side by side; None where this one is enough.
-
-    They start when the first work reaches them.
-    """
-    return Workers(workers) if workers > 1 else nullcontext()
-
-
 def tune(
     cell: Cell,
     budget: Budget,
     protocol: Protocol = "two_phase",
-    pool: Workers | None = None,
+    pool: Pool | None = None,
     tell: Callable[[int, Trial], None] = lambda *_: None,
 ) -> tuple[Study, Path]:
     """Searches, or finds what was searched before; goes on where it was interrupted.
@@ -85,7 +76,7 @@ def tune(
         budget: Of the search.
         protocol: "two_phase" tunes on `Split.TUNE` with seeds that no evaluation has;
             "conventional" on the evaluation split and seeds, as most of the literature does.
-        pool: Runs the trials of a batch side by side; see `processes`.
+        pool: Runs the trials of a batch side by side; see `clbench.engines`.
         tell: Called with number and outcome of each trial.
 
     Returns:
@@ -131,7 +122,7 @@ def evaluate(
     budget: Budget,
     protocol: Protocol = "two_phase",
     untuned: bool = False,
-    pool: Workers | None = None,
+    pool: Pool | None = None,
     done: Callable[[Ended], None] = lambda _: None,
 ) -> list[Ended]:
     """The runs of the evaluation phase, with the values that were chosen.
@@ -141,7 +132,7 @@ def evaluate(
         budget: Of the search that chose, and the number of seeds.
         protocol: Under which was searched.
         untuned: Take the configuration's own values, and say so in the result.
-        pool: Runs seeds side by side; see `processes`.
+        pool: Runs seeds side by side; see `clbench.engines`.
         done: Called after each run.
 
     Raises:

@@ -12,6 +12,7 @@ import pytest
 from clbench import tuning
 from clbench.cells import Cell, execute
 from clbench.conditions import Conditions, Names
+from clbench.engines.local import Workers
 from clbench.errors import UserError
 from clbench.results import read
 from clbench.study import Study, Trial
@@ -178,7 +179,7 @@ def test_a_configuration_proposed_twice_is_run_once(tmp_path: Path) -> None:
 def test_trials_and_seeds_side_by_side_are_the_same(tmp_path: Path) -> None:
     one, _ = tuning.tune(planned(tmp_path / "one"), SMALL)
     alone = tuning.evaluate(planned(tmp_path / "one"), SMALL)
-    with tuning.processes(2) as pool:
+    with Workers(2) as pool:
         two, _ = tuning.tune(planned(tmp_path / "two"), SMALL, pool=pool)
         together = tuning.evaluate(planned(tmp_path / "two"), SMALL, pool=pool)
     assert [(t.values, t.scores) for t in one.trials] == [(t.values, t.scores) for t in two.trials]

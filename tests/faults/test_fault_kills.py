@@ -19,10 +19,10 @@ from toy_runs import OFTEN, REPLAY, numbers, planned, started, stepped, wait_for
 from clbench import checkpoint, tuning
 from clbench.cells import Cell, Ended, execute
 from clbench.checkpoint import load
+from clbench.engines.local import Workers
 from clbench.files import sweep
 from clbench.results import read
 from clbench.tuning import Budget
-from clbench.workers import Workers
 
 CPU = torch.device("cpu")
 

@@ -101,8 +101,8 @@ def test_fault_11_ctrl_c(times: int, tmp_path: Path) -> None:
 def test_fault_27_killed_for_its_memory(tmp_path: Path) -> None:
     """SIGKILL, as a memory limit of the system sends it | Out of memory after one retry."""
     from clbench import tuning
+    from clbench.engines.local import Workers
     from clbench.tuning import Budget
-    from clbench.workers import Workers
 
     cell = planned(tmp_path, faulty("Kills", tmp_path / "note", times=99))
     with Workers(2) as pool:
