@@ -50,14 +50,33 @@ class Cell:
         Raises:
             UserError: If they can't be, or can't work together.
         """
+        machine.choose_device(self.conditions.device)
+        return self.parts()
+
+    def parts(self) -> tuple[Scenario, Strategy]:
+        """Both parts, whatever devices this machine has."""
         scenario = config.build(self.composed["scenario"], Scenario, "scenario")
         strategy = config.build(self.composed["strategy"], Strategy, "strategy")
-        self.check(scenario, strategy)
+        self._fit(scenario, strategy)
         return scenario, strategy
+
+    def identity(self) -> dict[str, Any]:
+        """The "run" part of its result."""
+        scenario, strategy = self.parts()
+        return identify(scenario, strategy, self.conditions, self.names, self.tuned)
+
+    def accepts(self, earlier: Result | None) -> bool:
+        """Whether a result that is there is what this asks for."""
+        if earlier is None or self.force or earlier.status == "failed":
+            return False
+        return not _has_more_time(earlier, self.limits)
 
     def check(self, scenario: Scenario, strategy: Strategy) -> None:
         """Refuses parts that can't work together, or can't work here."""
         machine.choose_device(self.conditions.device)
+        self._fit(scenario, strategy)
+
+    def _fit(self, scenario: Scenario, strategy: Strategy) -> None:
         strategy.check(scenario)
         scenario.check(self.conditions.split)
 
@@ -104,11 +123,10 @@ def perform(
     folder = RunFolder(cell.results_dir, identity["run_id"])
     tracker = trackers.guarded(cell.tracker, folder)
     with folder.claim():
-        earlier = None if cell.force else folder.result()
-        more = earlier is not None and _has_more_time(earlier, cell.limits)
-        if earlier and earlier.status != "failed" and not more:
+        earlier = folder.result()
+        if earlier and cell.accepts(earlier):
             return Ended(earlier, folder, earlier=True)
-        if cell.force or (earlier and not more):
+        if cell.force or (earlier and not _has_more_time(earlier, cell.limits)):
             folder.clear()
         folder.write_config(OmegaConf.to_yaml(OmegaConf.create(dict(cell.composed))))
         try:
@@ -137,8 +155,7 @@ def end(cell: Cell, why: Exception | Died) -> Ended:
         cell: The plan.
         why: What it raised, or how its process died.
     """
-    scenario, strategy = cell.build()
-    identity = identify(scenario, strategy, cell.conditions, cell.names, cell.tuned)
+    identity = cell.identity()
     folder = RunFolder(cell.results_dir, identity["run_id"])
     memory = why.out_of_memory if isinstance(why, Died) else False
     text = str(why) if isinstance(why, Died) else f"{type(why).__name__}: {why}"

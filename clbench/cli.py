@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
+import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import hydra
 import yaml  # type: ignore[import-untyped]
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
@@ -21,8 +24,8 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from clbench import interruption, userspace
-from clbench.composing import GROUPS, explained
+from clbench import interruption, launching, userspace
+from clbench.composing import GROUPS, explained, searched
 from clbench.discretion import refuse_environment
 from clbench.errors import Busy, Interrupted, UserError, did_you_mean
 
@@ -31,7 +34,8 @@ if TYPE_CHECKING:
 
     from clbench.cells import Cell
     from clbench.conditions import Names
-    from clbench.engines.pool import Pool
+    from clbench.engines.pool import Died, Engine, Pool
+    from clbench.planning import Job
     from clbench.results import Result, RunFolder
     from clbench.tuning import Budget
 
@@ -61,19 +65,17 @@ class Command:
 def main() -> int:
     """Runs the command line; returns the exit code."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions reach us whole
-    codes: list[int] = []
-
-    def job(cfg: DictConfig) -> None:
-        codes.append(_guarded(lambda: _job(cfg)))
+    commands = _Commands()
 
     def composed() -> int:
         own = userspace.join(Path.cwd())
         if own:
             _append_to_search_path(own)
+        launching.register()
+        _flags_first()
         path = str(userspace.configuration())
-        with _sweep_folder():
-            hydra.main(version_base="1.3", config_path=path, config_name="config")(job)()
-        return max(codes, default=0)
+        hydra.main(version_base="1.3", config_path=path, config_name="config")(commands)()
+        return max(commands.codes, default=0)
 
     try:
         with interruption.at_once():
@@ -107,18 +109,10 @@ def _guarded(action: Callable[[], int]) -> int:
     return MISTAKE
 
 
-@contextmanager
-def _sweep_folder() -> Iterator[None]:
-    """Where Hydra may leave its multirun.yaml; run folders hold all of it and more."""
-    if not {"-m", "--multirun"} & set(sys.argv[1:]):
-        yield
-        return
-    overrides = [a for a in sys.argv[1:] if "=" in a and not a.startswith("-")]
-    flags = [a for a in sys.argv[1:] if a not in overrides]
-    with tempfile.TemporaryDirectory(prefix="clbench-sweep-") as folder:
-        # argparse refuses overrides on both sides of a flag, which people write all the same.
-        sys.argv[1:] = [*flags, f"hydra.sweep.dir={folder}", *overrides]
-        yield
+def _flags_first() -> None:
+    """Argparse refuses overrides on both sides of a flag, which people write all the same."""
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: "=" in word and word[0] != "-")
 
 
 def _append_to_search_path(folder: Path) -> None:
@@ -131,20 +125,175 @@ def _append_to_search_path(folder: Path) -> None:
     Plugins.instance().register(UserConfiguration)
 
 
-def _job(cfg: DictConfig) -> int:
+class _Commands(launching.Sweeps):
+    """What Hydra calls: one command, or a sweep of them. Keeps their exit codes."""
+
+    def __init__(self) -> None:
+        self.codes: list[int] = []
+
+    def __call__(self, cfg: DictConfig) -> None:
+        self.codes.append(_guarded(lambda: _single(cfg)))
+
+    def sweep(
+        self, loader: ConfigLoader, master: DictConfig, jobs: Sequence[Sequence[str]]
+    ) -> Sequence[int]:
+        from clbench.planning import Composer
+
+        composer = Composer(loader, master)
+        codes = _sweep([composer.job(overrides) for overrides in jobs])
+        self.codes += codes
+        return codes
+
+
+def _single(cfg: DictConfig) -> int:
+    """One command, here or where its engine says."""
+    from clbench.planning import Job
+
+    refuse_environment(OmegaConf.to_container(cfg, resolve=False))
+    tree: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    job = Job(tree, _names())
+    command, engine = _command(tree), _engine(tree)
+    if command.phase == "report":
+        return _job(job, None)
+    with engine.open(command.workers, str(tree["device"])) as pool:
+        if pool is None or command.phase != "run":
+            return _job(job, pool)
+        return _side_by_side([job], pool)[0]
+
+
+def _sweep(jobs: Sequence[Job]) -> list[int]:
+    """All jobs, but for runs that have ended; returns exit codes.
+
+    What the engine is, the first job says. One job is one piece of work: in the phases that
+    search, what follows depends on what was found. Where jobs are too few for the engine's room,
+    they take turns, and the pieces are their trials and seeds.
+    """
+    first = jobs[0].tree
+    command, engine = _command(first), _engine(first)
+    codes, left = _unfinished(jobs)
+    if not left:
+        return codes
+    with engine.open(command.workers, str(first["device"])) as pool:
+        work = [jobs[number] for number in left]
+        few = command.phase != "run" and pool is not None and len(work) < pool.room
+        found = _in_turn(work, pool) if pool is None or few else _side_by_side(work, pool)
+    for number, code in zip(left, found, strict=True):
+        codes[number] = code
+    return codes
+
+
+def _unfinished(jobs: Sequence[Job]) -> tuple[list[int], list[int]]:
+    """Exit codes so far, and the numbers of the jobs that are to be done."""
+    from clbench.planning import Ledger
+
+    ledger = Ledger(_cell)
+    codes, left = [0] * len(jobs), []
+    for number, job in enumerate(jobs):
+        if job.tree["phase"] != "run":
+            left.append(number)
+            continue
+        try:
+            result = ledger.ended(job)
+        except UserError:  # the job itself says what is wrong, in its turn
+            result = None
+        if result is None:
+            left.append(number)
+        else:
+            codes[number] = 0 if result.status == "complete" else INCOMPLETE
+    ended = len(jobs) - len(left)
+    if ended:
+        words = f"{ended} of {len(jobs)} runs are there already; force=true repeats them."
+        print(words, file=sys.stderr)
+    return codes, left
+
+
+def _in_turn(jobs: Sequence[Job], pool: Pool | None) -> list[int]:
+    """One after another, in this process; what one of them raises is raised in the end."""
+    codes, errors = [], []
+    for job in jobs:
+        try:
+            codes.append(_guarded(partial(_job, job, pool)))
+        except Exception as error:
+            codes.append(INCOMPLETE)
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    return codes
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a command elsewhere would have left on the terminal."""
+
+    code: int
+    out: str
+    err: str
+
+
+def _side_by_side(jobs: Sequence[Job], pool: Pool) -> list[int]:
+    """As pieces of work; those that something else was at are tried again in the end."""
+    from clbench.engines.pool import Died, Raised
+
+    codes, errors = [LATER] * len(jobs), []
+    work = partial(_elsewhere, shutil.get_terminal_size().columns)
+    for last in (False, True):
+        left = [number for number, code in enumerate(codes) if code == LATER]
+        for turn, found in pool.answers(work, [jobs[number] for number in left]):
+            number = left[turn]
+            if isinstance(found, Died):
+                codes[number] = _lost(jobs[number], found)
+            elif isinstance(found, Raised):
+                codes[number] = INCOMPLETE
+                errors.append(found.error)
+            elif last or found.code != LATER:
+                codes[number] = found.code
+                print(found.out, end="", flush=True)
+                print(found.err, end="", file=sys.stderr, flush=True)
+    if errors:
+        raise errors[0]
+    return codes
+
+
+def _elsewhere(columns: int, job: Job) -> _Said:
+    """A command in a process that an engine has made: silent, with no processes of its own."""
+    os.environ["COLUMNS"] = str(columns)
+    here = {"_target_": "clbench.engines.local.Local"}
+    job = replace(job, tree={**job.tree, "engine": here, "workers": 1, "progress": False})
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = _guarded(partial(_job, job, None))
+    return _Said(code, out.getvalue(), err.getvalue())
+
+
+def _lost(job: Job, death: Died) -> int:
+    """Says, and writes down, that nothing came of a job."""
+    from clbench import cells, display
+
+    title = f"{display.title(job.names)} seed {job.tree['seed']}"
+    print(f"error: {title}: {death}", file=sys.stderr)
+    if job.tree["phase"] == "run":
+        return _guarded(lambda: bool(cells.end(_cell(job), death)) and INCOMPLETE)
+    return INCOMPLETE
+
+
+def _job(job: Job, pool: Pool | None) -> int:
+    """One command in this process.
+
+    Args:
+        job: What was asked for.
+        pool: Does trials and seeds side by side.
+    """
     phases = {
         "run": _run,
-        "tune": _only(_tune),
-        "evaluate": _only(_evaluate),
+        "tune": _tune,
+        "evaluate": _evaluate,
         "benchmark": _benchmark,
         "report": _report,
     }
-    refuse_environment(OmegaConf.to_container(cfg, resolve=False))
-    tree: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    command = _command(tree)
+    command = _command(job.tree)
     if command.phase not in phases:
         raise UserError(f"No phase '{command.phase}'. {did_you_mean(command.phase, phases)}")
-    return phases[command.phase](command, tree)
+    return phases[command.phase](command, job, pool)
 
 
 def _command(tree: Mapping[str, Any]) -> Command:
@@ -160,7 +309,14 @@ def _command(tree: Mapping[str, Any]) -> Command:
     return config.fill(Command, {k: v for k, v in tree.items() if k in mine}, "")
 
 
-def _report(command: Command, tree: Mapping[str, Any]) -> int:  # noqa: ARG001
+def _engine(tree: Mapping[str, Any]) -> Engine:
+    from clbench import config
+    from clbench.engines.pool import Engine
+
+    return config.build(tree["engine"], Engine, "engine")
+
+
+def _report(command: Command, job: Job, pool: Pool | None) -> int:  # noqa: ARG001
     from clbench.report import write
 
     results = Path(command.results_dir)
@@ -176,11 +332,11 @@ def _report(command: Command, tree: Mapping[str, Any]) -> int:  # noqa: ARG001
     return INCOMPLETE if bad else 0
 
 
-def _run(command: Command, tree: Mapping[str, Any]) -> int:
+def _run(command: Command, job: Job, pool: Pool | None) -> int:  # noqa: ARG001
     """One run, or the word that it is there already."""
     from clbench.cells import execute
 
-    cell = _cell(command, tree)
+    cell = _cell(job)
     title = cell.names, cell.conditions.seed
     ended = execute(cell, lambda: _progress(*title, command.progress))
     if ended.earlier:
@@ -188,24 +344,12 @@ def _run(command: Command, tree: Mapping[str, Any]) -> int:
     return _show(ended.result, ended.folder)
 
 
-def _only(phase: Callable[..., int]) -> Callable[[Command, Mapping[str, Any]], int]:
-    """One phase of the strategy that was asked for, with processes of its own."""
-
-    def run(command: Command, tree: Mapping[str, Any]) -> int:
-        from clbench.engines.local import Local
-
-        with Local().open(command.workers, str(tree["device"])) as pool:
-            return phase(command, tree, None, pool)
-
-    return run
-
-
-def _tune(command: Command, tree: Mapping[str, Any], names: Names | None, pool: Pool | None) -> int:
+def _tune(command: Command, job: Job, pool: Pool | None) -> int:
     """Searches on the tuning split."""
     from clbench import display, tuning
     from clbench.study import Trial
 
-    cell, budget = _cell(command, tree, names), _budget(tree)
+    cell, budget = _cell(job), _budget(job.tree)
     title = display.title(cell.names)
 
     def tell(number: int, trial: Trial) -> None:
@@ -219,14 +363,12 @@ def _tune(command: Command, tree: Mapping[str, Any], names: Names | None, pool: 
     return 0 if study.chosen is not None else INCOMPLETE
 
 
-def _evaluate(
-    command: Command, tree: Mapping[str, Any], names: Names | None, pool: Pool | None
-) -> int:
+def _evaluate(command: Command, job: Job, pool: Pool | None) -> int:
     """Runs the chosen values on the evaluation split."""
     from clbench import display, tuning
     from clbench.cells import Ended
 
-    cell, budget = _cell(command, tree, names), _budget(tree)
+    cell, budget = _cell(job), _budget(job.tree)
     title = display.title(cell.names)
 
     def done(ended: Ended) -> None:
@@ -239,47 +381,39 @@ def _evaluate(
     return 0 if all(e.result.status == "complete" for e in ended) else INCOMPLETE
 
 
-def _benchmark(command: Command, tree: Mapping[str, Any]) -> int:
+def _benchmark(command: Command, job: Job, pool: Pool | None) -> int:
     """Tunes, then evaluates; with its references first, if they are asked for."""
-    from clbench.engines.local import Local
-
     codes = []
-    with Local().open(command.workers, str(tree["device"])) as pool:
-        for names, node in _benchmarked(command, tree):
-            mine = {**tree, "strategy": node}
-            codes.append(_tune(command, mine, names, pool))
-            if not codes[-1]:
-                codes.append(_evaluate(command, mine, names, pool))
+    for each in _benchmarked(command, job):
+        codes.append(_tune(command, each, pool))
+        if not codes[-1]:
+            codes.append(_evaluate(command, each, pool))
     return max(codes)
 
 
-def _benchmarked(
-    command: Command, tree: Mapping[str, Any]
-) -> Iterator[tuple[Names | None, Mapping[str, Any]]]:
-    """Names and strategy nodes: the references', then the one that was asked for."""
+def _benchmarked(command: Command, job: Job) -> Iterator[Job]:
+    """The references' jobs, then the one that was asked for."""
     from clbench.classification import ImageScenario
-    from clbench.conditions import Names
     from clbench.types import CLASSIFICATION
 
     if command.references:
-        scenario, _ = _cell(command, tree).build()
+        scenario, _ = _cell(job).parts()
         wanted = list(command.reference_strategies[scenario.setting.value])
         if scenario.setting in CLASSIFICATION and isinstance(scenario, ImageScenario):
             wanted += command.reference_strategies["pretrained"] * scenario.backbone.starts_trained
-        mine = _names()
         for name in wanted:
-            if name != mine.strategy:
-                yield Names(mine.scenario, name), _configured("strategy", name)
-    yield None, tree["strategy"]
+            if name != job.names.strategy:
+                tree = {**job.tree, "strategy": _configured("strategy", name)}
+                yield replace(job, tree=tree, names=replace(job.names, strategy=name, base=None))
+    yield job
 
 
-def _configured(group: str, name: str) -> dict[str, Any]:
+def _configured(group: str, name: str) -> Any:
     """A choice of a group as it stands in its YAML."""
-    from hydra import compose
+    from clbench.composing import composed
 
-    found = OmegaConf.to_container(compose("config", [f"{group}={name}"]), resolve=True)
-    node: dict[str, Any] = found[group]  # type: ignore[index,call-overload,assignment]
-    return node
+    tree, _ = composed([*searched(userspace.join(Path.cwd())), f"{group}={name}"])
+    return tree[group]
 
 
 def _budget(tree: Mapping[str, Any]) -> Budget:
@@ -295,19 +429,20 @@ def _print(table: Table) -> None:
     Console().print(table)
 
 
-def _cell(command: Command, tree: Mapping[str, Any], names: Names | None = None) -> Cell:
-    """What the command line asks to run."""
+def _cell(job: Job) -> Cell:
+    """The run that a job asks for."""
     from clbench import config
     from clbench.cells import Cell
     from clbench.conditions import Conditions
     from clbench.limits import Limits
 
+    tree, command = job.tree, _command(job.tree)
     keys, limits = Conditions.__dataclass_fields__, Limits.__dataclass_fields__
     return Cell(
         composed=tree,
         conditions=config.fill(Conditions, {k: tree[k] for k in keys if k in tree}, ""),
         limits=config.fill(Limits, {k: tree[k] for k in limits if k in tree}, ""),
-        names=names or _names(),
+        names=job.names,
         tuned=None,
         results_dir=Path(command.results_dir),
         force=command.force,

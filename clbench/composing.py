@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.errors import MissingConfigException, OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from clbench import userspace
@@ -15,7 +16,7 @@ from clbench.discretion import refuse_environment
 from clbench.errors import did_you_mean
 
 #: Parts of a run that are chosen by name, each a folder of conf/.
-GROUPS = ("scenario", "strategy", "backbone", "language_model", "budget")
+GROUPS = ("scenario", "strategy", "backbone", "language_model", "budget", "engine")
 
 
 def composed(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -28,6 +29,15 @@ def composed(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
         HydraException, OmegaConfBaseException: As Hydra's; see `explained`.
     """
     return _compose(overrides, resolve=True)
+
+
+def searched(own: Path | None) -> list[str]:
+    """The override with which a user's own configuration is looked through too.
+
+    Args:
+        own: Its folder, as `userspace.join` returns it.
+    """
+    return [f"hydra.searchpath=['{own.as_uri()}']"] if own else []
 
 
 def explained(error: Exception, overrides: Sequence[str]) -> str:
@@ -76,6 +86,17 @@ def _known(overrides: Sequence[str]) -> list[str]:
     return _paths(_compose(chosen, resolve=False)[0])
 
 
+def own_part(found: DictConfig) -> DictConfig:
+    """What Hydra has composed, without its own options.
+
+    Raises:
+        UserError: If it reads the environment.
+    """
+    ours = OmegaConf.masked_copy(found, [str(key) for key in found if key != "hydra"])
+    refuse_environment(OmegaConf.to_container(ours, resolve=False))
+    return ours
+
+
 def _compose(overrides: Sequence[str], resolve: bool) -> tuple[dict[str, Any], dict[str, str]]:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -87,11 +108,9 @@ def _compose(overrides: Sequence[str], resolve: bool) -> tuple[dict[str, Any], d
             found = compose("config", [*overrides], return_hydra_config=True)
     finally:
         GlobalHydra.instance().hydra = around
-    choices = dict(found.hydra.runtime.choices)
-    ours = OmegaConf.masked_copy(found, [str(key) for key in found if key != "hydra"])
-    refuse_environment(OmegaConf.to_container(ours, resolve=False))
+    ours = own_part(found)
     tree: Any = OmegaConf.to_container(ours, resolve=resolve)
-    return tree, choices
+    return tree, dict(found.hydra.runtime.choices)
 
 
 def _paths(tree: Any, prefix: str = "") -> list[str]:

@@ -162,6 +162,11 @@ def run_id(scenario: str, strategy: str, seed: int, identity: Mapping[str, Any])
     return f"{words[0]}-{words[1]}-{digest}-s{seed}"
 
 
+def with_seed(name: str, seed: int) -> str:
+    """The id of the same run with another seed."""
+    return f"{name.rpartition('-s')[0]}-s{seed}"
+
+
 class RunFolder:
     """The folder of one run.
 
