@@ -12,17 +12,20 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import DTypeLike
 
 from clbench.errors import UserError
 from clbench.files import unwritable
+from clbench.rows import Array as Array
+from clbench.rows import Rows
 
-Array = npt.NDArray[Any]
+#: Name, shape and type of an array to the place that it is written to.
+Lend = Callable[[str, Sequence[int], DTypeLike], Rows]
 
 _MANIFEST = "key.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]*")
@@ -42,7 +45,18 @@ def arrays(
     make: Callable[[], Mapping[str, Array]],
     mmap: bool = True,
 ) -> dict[str, Array]:
-    """The arrays of an entry, made first when it is missing or damaged.
+    """The arrays of an entry, made first when it is missing or damaged; see `filled`."""
+    return filled(folder, name, key, lambda _: make(), mmap)
+
+
+def filled(
+    folder: Path,
+    name: str,
+    key: Mapping[str, Any],
+    make: Callable[[Lend], Mapping[str, Array | Rows]],
+    mmap: bool = True,
+) -> dict[str, Array]:
+    """The arrays of an entry, made first when it is missing or damaged, large ones in their place.
 
     Two processes that ask at once: where the file system offers locks one makes it and the other
     waits; elsewhere both make it and the first rename stays. Neither ever sees a part.
@@ -52,7 +66,9 @@ def arrays(
         name: What the entry holds, for people: letters, digits and `_`.
         key: Everything that decides the arrays, in JSON's own types. It must change when the
             code behind `make` does, so give it a version.
-        make: Makes the arrays, by name (letters, digits and `_`). Called at most once.
+        make: Makes the arrays, by name (letters, digits and `_`). Called at most once. What does
+            not fit in memory it writes to rows that it is lent: those of zeros of a name, shape
+            and type, in the entry.
         mmap: Map the files copy-on-write (pages are read when touched; writing to an array
             never reaches the file) and check only their sizes and headers. False reads them
             whole and checks their SHA-256 too.
@@ -77,7 +93,7 @@ def arrays(
         with _refused(folder):
             room = _room(entry, alone)
         try:
-            made = {_checked(part): np.asarray(array) for part, array in make().items()}
+            made = {_checked(part): array for part, array in make(_lender(room)).items()}
             with _refused(folder):
                 _write(room, canonical, made)
                 _publish(room, entry, canonical, mmap)
@@ -143,14 +159,22 @@ def _hidden(entry: Path) -> Path:
     return entry.parent / f".{entry.name}.{secrets.token_hex(6)}.tmp"
 
 
-def _write(room: Path, canonical: str, made: Mapping[str, Array]) -> None:
+def _lender(room: Path) -> Lend:
+    return lambda part, shape, dtype: Rows.create(room / f"{_checked(part)}.npy", shape, dtype)
+
+
+def _write(room: Path, canonical: str, made: Mapping[str, Array | Rows]) -> None:
     listed = {}
-    for part, array in made.items():
+    for part, content in made.items():
         path = room / f"{part}.npy"
-        with path.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
+        array = content if isinstance(content, Rows) else np.asarray(content)
+        if isinstance(array, Rows):
+            array.sync()
+        else:
+            with path.open("wb") as file:
+                np.save(file, array, allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
         listed[part] = {
             "shape": list(array.shape),
             "dtype": array.dtype.str,

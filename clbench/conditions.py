@@ -24,6 +24,8 @@ class Conditions:
         evaluate_every: Training steps between evaluations within an experience; 0: none.
         evaluate_samples: Test samples of an experience that these look at, at most.
         evaluate_batch_size: Samples predicted at once.
+        cache_features: Make the features of a backbone that nothing changes once, keep them, and
+            learn from them in place of images; see `clbench.features`.
     """
 
     seed: int = 0
@@ -34,6 +36,7 @@ class Conditions:
     evaluate_every: int = 0
     evaluate_samples: int = 1000
     evaluate_batch_size: int = 1000
+    cache_features: bool = False
 
     def __post_init__(self) -> None:
         require(self, "seed", "threads", "evaluate_every", at_least=0)
@@ -43,6 +46,8 @@ class Conditions:
         """What decides the numbers, besides the seed."""
         content = asdict(self)
         del content["seed"], content["device"]
+        if not self.cache_features:  # so that runs from before there was a choice stay the same
+            del content["cache_features"]
         return {**content, "split": self.split.value}
 
 
@@ -93,6 +98,7 @@ def identify(
         "split": conditions.split.value,
         "seed": conditions.seed,
         "precision": conditions.precision,
+        **({"cache_features": True} if conditions.cache_features else {}),
         "options": chosen,
         "data": data,
         "tuned": None if tuned is None else dict(tuned),

@@ -49,6 +49,7 @@ def run(
     evaluate_every: int = 0,
     evaluate_samples: int = 1000,
     evaluate_batch_size: int = 1000,
+    cache_features: bool = False,
     results_dir: str | Path | None = None,
     force: bool = False,
     progress: bool = False,
@@ -75,6 +76,7 @@ def run(
         evaluate_every: Training steps between evaluations within an experience; 0: none.
         evaluate_samples: Test samples of an experience that these look at, at most.
         evaluate_batch_size: Samples predicted at once.
+        cache_features: Make features that nothing changes once, and learn from them.
         results_dir: Where the run folder goes, from which an interrupted run continues and where
             an ended one is found again; None: nothing is written.
         force: Repeat a run that is there.
@@ -98,6 +100,7 @@ def run(
         "evaluate_every": evaluate_every,
         "evaluate_samples": evaluate_samples,
         "evaluate_batch_size": evaluate_batch_size,
+        "cache_features": cache_features,
     }
     conditions = config.fill(Conditions, given, "")
     tracker = config.fill(_Shown, {"tracker": tracker}, "").tracker
@@ -117,7 +120,13 @@ def run(
             raise UserError(f"tracker={tracker!r} shows a run folder: give results_dir too.")
         with bar() as told:
             return protocol.run(
-                scenario, strategy, conditions, names=names, progress=told, limits=limits
+                scenario,
+                strategy,
+                conditions,
+                names=names,
+                progress=told,
+                limits=limits,
+                cache_dir=cells.cache_dir(tree),
             )
     cell = Cell(
         composed={**tree, **given, **allowed},

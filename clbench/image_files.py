@@ -5,12 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import sys
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +24,7 @@ from clbench.division import selected
 from clbench.errors import UserError
 from clbench.machine import available_cores, available_memory
 from clbench.progress import counting
+from clbench.rows import Rows
 from clbench.samples import MappedSource, Source, TensorSource
 
 Pixels = NDArray[np.uint8]
@@ -154,13 +152,10 @@ def load(
     """
     stored = _stored(files, image_size, channels, cache_dir, skip_corrupt)
     labels = torch.tensor([entry.label for entry in files.entries])
-    large = stored["images"].nbytes > available_memory() / 2
     n, same = files.n_train, torch.arange(len(files.class_names))
     readable = torch.from_numpy(stored["readable"])
     train, test = (
-        selected(
-            _source(stored["images"][part], labels[part], large), keep.nonzero().flatten(), same
-        )
+        selected(_source(stored["images"], labels, part), keep.nonzero().flatten(), same)
         for part, keep in ((slice(n), readable[:n]), (slice(n, None), readable[n:]))
     )
     facts = {
@@ -253,13 +248,13 @@ def _stored(
         **_decoder(),
     }
 
-    def make() -> dict[str, NDArray[Any]]:
-        with _room(folder) as room, counting(f"decoding {files.root.name}", "images") as tell:
-            made = decode(files, image_size, channels, room, tell, border)
+    def make(lend: cache.Lend) -> dict[str, NDArray[Any] | Rows]:
+        with counting(f"decoding {files.root.name}", "images") as tell:
+            made = decode(files, image_size, channels, _room(lend, folder), tell, border)
             _refuse(files, made, skip_corrupt)
             return made
 
-    stored = cache.arrays(folder, "images", key, make)
+    stored = cache.filled(folder, "images", key, make)
     _refuse(files, stored, skip_corrupt)
     return stored
 
@@ -268,10 +263,10 @@ def decode(
     files: ImageFiles,
     image_size: int,
     channels: int,
-    room: Callable[[tuple[int, ...]], Pixels],
+    room: Callable[[tuple[int, ...]], Pixels | Rows],
     tell: Callable[[int, int], None],
     border: float = 0.0,
-) -> dict[str, NDArray[Any]]:
+) -> dict[str, NDArray[Any] | Rows]:
     """Every file as pixels.
 
     Args:
@@ -327,7 +322,7 @@ def decode(
 
 
 def statistics(
-    images: Pixels, rows: NDArray[np.int64]
+    images: Pixels | Rows, rows: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean and standard deviation per channel, in [0, 1], from exact counts of the grey levels.
 
@@ -347,7 +342,7 @@ def statistics(
     return mean, np.sqrt(variance).clip(1e-3)
 
 
-def _refuse(files: ImageFiles, made: Mapping[str, NDArray[Any]], skip_corrupt: bool) -> None:
+def _refuse(files: ImageFiles, made: Mapping[str, Any], skip_corrupt: bool) -> None:
     bad, n = (~made["readable"]).nonzero()[0].tolist(), len(files.entries)
     if not bad or (skip_corrupt and len(bad) < n):
         return
@@ -412,33 +407,27 @@ def decoded(
     return (array.transpose(2, 0, 1) if channels == 3 else array[None]), other
 
 
-def _source(images: Pixels, labels: torch.Tensor, large: bool) -> Source:
-    if large:
-        return MappedSource(images, labels)
-    return TensorSource(torch.from_numpy(images), labels)
+def _source(images: Pixels, labels: Tensor, part: slice) -> Source:
+    """Some of the images, mapped ones; where all together are large, they stay in their file."""
+    if images.nbytes <= available_memory() / 2:
+        return TensorSource(torch.from_numpy(images[part]), labels[part])
+    return MappedSource(Rows.behind(images), labels[part], torch.arange(len(labels))[part])
 
 
-@contextmanager
-def _room(folder: Path) -> Iterator[Callable[[tuple[int, ...]], Pixels]]:
-    """Lends an array in memory, or in a nameless file in the folder if it is too large."""
-    with tempfile.TemporaryFile(dir=folder) as file:
+def _room(lend: cache.Lend, folder: Path) -> Callable[[tuple[int, ...]], Rows]:
+    """Makes the rows to decode into, in the cache folder."""
 
-        def room(shape: tuple[int, ...]) -> Pixels:
-            size = int(np.prod(shape))
-            if size <= available_memory() / 2:
-                return np.zeros(shape, np.uint8)
-            try:
-                if sys.platform == "linux":  # a full disk must fail here, not kill the process
-                    os.posix_fallocate(file.fileno(), 0, size)
-            except OSError as error:
-                raise UserError(
-                    f"{shape[0]} decoded images of {shape[3]}x{shape[2]} pixels take "
-                    f"{size / 1e9:.1f} GB, which {folder} can't hold: {error.strerror}. "
-                    "Set a smaller scenario.image_size, or cache_dir to a larger disk."
-                ) from error
-            return np.memmap(file, np.uint8, "w+", shape=shape)
+    def room(shape: tuple[int, ...]) -> Rows:
+        try:
+            return lend("images", shape, np.uint8)
+        except OSError as error:
+            raise UserError(
+                f"{shape[0]} decoded images of {shape[3]}x{shape[2]} pixels take "
+                f"{np.prod(shape) / 1e9:.1f} GB, which {folder} can't hold: {error.strerror}. "
+                "Set a smaller scenario.image_size, or cache_dir to a larger disk."
+            ) from error
 
-        yield room
+    return room
 
 
 def _decoder() -> Mapping[str, str | None]:

@@ -134,7 +134,7 @@ def build(runs: pd.DataFrame, tuning: Mapping[str, Mapping[str, Any]] | None = N
         return Leaderboard([], _left_out(names), int(trial.sum()))
     usable["seed"] = usable["seed"].astype(int)  # beside files without one they are floats
     shared = _shared(usable)
-    own = [c for c in usable if c == "strategy" or c.startswith("strategy.") or c in _ORIGIN]
+    own = [c for c in usable if c in ("strategy", *_ORIGIN) or _may_tell(c)]
     usable["_shape"] = _numbered(usable, shared)
     usable["_budget"] = _numbered(usable, _budget(usable))
     usable["_row"] = _numbered(usable, ["_shape", "_budget", *own])
@@ -148,6 +148,11 @@ def label(run: Mapping[str, Any]) -> str:
     """A strategy with what it wraps, as tables name it."""
     base = run.get("base")
     return f"{run['strategy']} over {base}" if isinstance(base, str) else str(run["strategy"])
+
+
+def _may_tell(column: str) -> bool:
+    """Whether it tells rows of one strategy apart, in words: options, and how costs came about."""
+    return column.startswith("strategy.") or column == "cache_features"
 
 
 def _shared(runs: pd.DataFrame) -> list[str]:
@@ -253,7 +258,7 @@ def _rows(
 ) -> pd.DataFrame:
     """The rows of a board, not ranked yet."""
     rows = group.drop_duplicates("_row").set_index("_row")
-    varying = [k for k in own if k.startswith("strategy.") and group[k].nunique(dropna=False) > 1]
+    varying = [k for k in own if _may_tell(k) and group[k].nunique(dropna=False) > 1]
     table = pd.DataFrame(index=rows.index)
     table["strategy"] = _labels(rows, varying)
     table["name"] = rows["strategy"]

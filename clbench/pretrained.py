@@ -129,6 +129,10 @@ class TunedOnce(GradientStrategy, ABC):
             return SSF(vit, generator)
         return VPT(vit, self.prompt_length, deep=self.tuning == "vpt_deep")
 
+    @property
+    def keeps_features(self) -> bool:
+        return self.tuning == "none"
+
     def learn(self, experience: Experience) -> None:
         if experience.train is None:
             return

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from clbench import checkpoint, interruption, machine
+from clbench import checkpoint, features, interruption, machine
 from clbench.account import Account
 from clbench.conditions import Conditions, Names, identify
 from clbench.errors import Diverged, TimedOut, UserError
@@ -34,6 +36,7 @@ def run(
     tracker: Tracker | None = None,
     limits: Limits | None = None,
 ) -> Result:
+    cache_dir: Path | None = None,
     """Runs one strategy through one stream.
 
     Args:
@@ -47,6 +50,7 @@ def run(
         tracker: Told what there is to show.
         limits: What it may take; default: as long as it takes.
 
+        cache_dir: Where kept features lie, if any are; None: the user's cache folder.
     Returns:
         The result: complete, or diverged, out of memory or timed out, with the reason.
 
@@ -58,11 +62,22 @@ def run(
     strategy.check(scenario)
     scenario.check(conditions.split)
     result = Result(run=identify(scenario, strategy, conditions, names, tuned))
+    if conditions.cache_features:
+        features.check(scenario, strategy)
     tracker, limits = tracker or Untracked(), limits or Limits()
     progress = progress or Silent()
     with interruption.watched(signals=folder is not None) as stop:
         loop = _Loop(
-            scenario, strategy, conditions, result, folder, progress, tracker, limits, stop
+            scenario,
+            strategy,
+            conditions,
+            result,
+            folder,
+            progress,
+            tracker,
+            limits,
+            stop,
+            cache_dir,
         )
         _attempt(loop, limits)
         if folder:
@@ -126,9 +141,10 @@ class _Loop:
         limits: Limits,
         stop: Stop,
     ) -> None:
+        cache_dir: Path | None,
         self.scenario, self.strategy, self.conditions = scenario, strategy, conditions
         self.result, self.folder, self.progress, self.tracker = result, folder, progress, tracker
-        self.limits, self.stop = limits, stop
+        self.limits, self.stop, self.cache_dir = limits, stop, cache_dir
         self.device = machine.choose_device(conditions.device)
         self.account = Account(self.device)
 
@@ -144,6 +160,9 @@ class _Loop:
         threads = self._describe(model)
         self.tracker.begin(self.result)
         with (
+        if self.conditions.cache_features:
+            with machine.thread_count(threads), machine.deterministic():
+                model = self._embed(model)
             machine.thread_count(threads),
             machine.deterministic(),
             self.account.passes.watch(model),
@@ -183,6 +202,15 @@ class _Loop:
 
     def _set_up(self, model: torch.nn.Module) -> None:
         machine.reset_peak_memory(self.device)
+    def _embed(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Features in place of the images; what making or reading them takes is a cost apart."""
+        began = time.perf_counter()
+        self.stream, head = features.kept(
+            self.scenario, self.stream, model, self.conditions.precision, self.cache_dir
+        )
+        self.account.costs["feature_seconds"] = time.perf_counter() - began
+        return head
+
         self.context = Context(
             device=self.device,
             seed=self.conditions.seed,

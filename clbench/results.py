@@ -286,6 +286,7 @@ def read(root: str | Path = "results") -> pd.DataFrame:
 
     Returns:
         Columns: run_id, status, scenario, strategy, base, setting, split, seed, precision;
+        `cache_features`, where any run learned from kept features;
         `tuned`, the protocol under which hyper-parameters were chosen, `study`, where, and
         "budget.<name>", what that search was allowed; `pretrained`, whether the model began
         trained; `benchmark`, the version of the suite's numbers; every metric; every cost;
@@ -338,7 +339,10 @@ def _ended(path: Path, result: Result) -> dict[str, Any]:
         if not isinstance(run.get(name), kind):
             raise ValueError(f"its {name} is {run.get(name)!r}")
     tuned = dict(run.get("tuned") or {})
-    known = ("scenario", "strategy", "base", "setting", "split", "seed", "precision")
+    known = (
+        *("scenario", "strategy", "base", "setting", "split", "seed"),
+        *("precision", "cache_features"),
+    )
     identity = {
         "run_id": run.get("run_id", path.name),
         "status": result.status,

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from clbench.nn.transforms import Transform
+from clbench.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -90,27 +92,36 @@ class TensorSource(Source):
 
 
 class MappedSource(Source):
-    """Samples in a memory-mapped array on disk, for data that do not fit in memory.
+    """Samples in an array on disk, for data that do not fit in memory.
 
     Args:
-        inputs: A NumPy memory map, [M, ...].
+        inputs: A NumPy memory map, [M, ...], or better `Rows`, which keep nothing in memory.
         targets: Labels, [N] int64.
         rows: Where each sample lies in `inputs`, [N] int64 on the CPU; None: one after another.
     """
 
-    def __init__(self, inputs: np.ndarray, targets: Tensor, rows: Tensor | None = None) -> None:
+    def __init__(
+        self, inputs: np.ndarray | Rows, targets: Tensor, rows: Tensor | None = None
+    ) -> None:
         count = len(inputs if rows is None else rows)
         if count != len(targets):
             raise ValueError(f"{count} samples but {len(targets)} targets")
         self.inputs, self.targets, self.rows = inputs, targets, rows
 
     def gather(self, index: Tensor) -> Tensor:
-        index = index.cpu()
-        positions = (index if self.rows is None else self.rows[index]).numpy()
-        order = np.argsort(positions)  # in file order: sequential pages are read once
-        out = np.empty((len(positions), *self.inputs.shape[1:]), self.inputs.dtype)
-        out[order] = self.inputs[positions[order]]
+        positions = self._positions(index)
+        if isinstance(self.inputs, Rows):
+            out = self.inputs[positions]
+        else:
+            order = np.argsort(positions)  # in file order: sequential pages are read once
+            out = np.empty((len(positions), *self.inputs.shape[1:]), self.inputs.dtype)
+            out[order] = self.inputs[positions[order]]
         return torch.from_numpy(out).to(self.device, non_blocking=True)
+
+    def _positions(self, index: Tensor) -> NDArray[np.int64]:
+        index = index.cpu()
+        positions: NDArray[np.int64] = (index if self.rows is None else self.rows[index]).numpy()
+        return positions
 
     def to(self, device: torch.device) -> Source:
         if device == self.device:

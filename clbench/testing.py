@@ -220,6 +220,24 @@ def no_memory_works(strategy: Strategy, scenario: Scenario) -> None:
     assert _learned(strategy, empty).strategy.memory_samples == 0
 
 
+def keeps_features_as_it_says(strategy: Strategy, scenario: Scenario) -> None:
+    """Learns the same from kept features, but for one answer in a test; or is refused them."""
+    kept = Conditions(device="cpu", threads=1, cache_features=True)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            mine = protocol.run(
+                scenario, copy.deepcopy(strategy), kept, cache_dir=Path(folder)
+            ).accuracy_matrix
+        except UserError:
+            assert not strategy.keeps_features, "it says that it keeps features, but it can't"
+            return
+    assert strategy.keeps_features, "it keeps features, but does not say so"
+    pairs = zip(mine, _run(strategy, scenario).accuracy_matrix, strict=True)
+    one = 1.5 / min(len(test) for test in _stream(scenario).tests)
+    worst = max(abs((a or 0) - (b or 0)) for rows in pairs for a, b in zip(*rows, strict=True))
+    assert worst < one, f"kept features change accuracies by up to {worst:.3f}"
+
+
 def options_build_it_again(strategy: Strategy, scenario: Scenario) -> None:  # noqa: ARG001
     """The recorded options are a configuration that builds an equal strategy."""
     node = {k: v for k, v in options(strategy).items() if k != "_code_"}
@@ -323,6 +341,7 @@ CHECKS: Mapping[Check, frozenset[Setting]] = {
     last_batch_of_one_works: frozenset(Setting),
     no_labels_no_learning: frozenset(Setting),
     no_memory_works: _LABELLED,
+    keeps_features_as_it_says: _LABELLED,
     options_build_it_again: frozenset(Setting),
     says_how_it_differs: frozenset(Setting),
     predicting_changes_no_answer: _UNLABELLED,

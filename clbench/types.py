@@ -96,23 +96,22 @@ class Stream:
         """The same stream with every sample served on `device`."""
         sources = {id(s.source): s.source for s in self._samples()}
         moved = {key: source.to(device) for key, source in sources.items()}
+        return self.mapped(lambda s: Samples(moved[id(s.source)], s.index.to(device), s.transform))
 
-        def move(samples: Samples) -> Samples:
-            return Samples(moved[id(samples.source)], samples.index.to(device), samples.transform)
-
+    def mapped(self, change: Callable[[Samples], Samples]) -> Stream:
+        """The same stream with another selection in place of each."""
         experiences = [
-            Experience(e.index, e.name, None if e.train is None else move(e.train), e.classes)
-            for e in self.experiences
+            replace(e, train=None if e.train is None else change(e.train)) for e in self.experiences
         ]
         # One test may serve many experiences: it stays one, so that it is predicted once.
-        tests = {id(test): move(test) for test in self.tests}
+        tests = {id(test): change(test) for test in self.tests}
         return replace(
             self,
             experiences=experiences,
             tests=[tests[id(test)] for test in self.tests],
-            arrivals=[replace(a, samples=move(a.samples)) for a in self.arrivals],
-            source=None if self.source is None else move(self.source),
-            source_test=None if self.source_test is None else move(self.source_test),
+            arrivals=[replace(a, samples=change(a.samples)) for a in self.arrivals],
+            source=None if self.source is None else change(self.source),
+            source_test=None if self.source_test is None else change(self.source_test),
         )
 
     def batches(self, scenario: Scenario) -> int:
@@ -414,6 +413,15 @@ class Strategy(ABC):
 
 #: Metadata of fields that say where files lie; they are no part of a run's identity.
 LOCATION: Mapping[str, Any] = {"identity": False}
+    @property
+    def keeps_features(self) -> bool:
+        """Whether images reach it as the model's `features` alone, which it never changes.
+
+        Such a method gets the same features in place of the images where `cache_features=true`:
+        `model.features` then hands on what it is given.
+        """
+        return False
+
 
 #: Settings in which labelled classes arrive and a classifier is scored.
 CLASSIFICATION = frozenset({Setting.CLASS_INCREMENTAL, Setting.DOMAIN_INCREMENTAL})

@@ -80,6 +80,10 @@ class NMC(Strategy):
         # Finite: outputs of classes that have not come yet must not be infinite.
         return scores.masked_fill(self.counts == 0, torch.finfo(scores.dtype).min)
 
+    @property
+    def keeps_features(self) -> bool:
+        return True
+
     def means(self) -> Tensor:
         """The mean feature of every class, [n_outputs, n_features]; 0 where there is none yet."""
         return (self.sums / self.counts.clamp_min(1).unsqueeze(1)).float()

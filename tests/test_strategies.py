@@ -282,6 +282,14 @@ class ChangesItsOptions(Sound):
         self.weight_decay += 0.001
 
 
+class TrainsWhatItKeeps(Sound):
+    """Says that it leaves features as they are. **Differs from the paper:** no paper."""
+
+    @property
+    def keeps_features(self) -> bool:
+        return True
+
+
 class SaysNothing(Sound):
     """Replay, perhaps; who knows."""
 
@@ -415,6 +423,7 @@ FAULTS: Mapping[type[Strategy], set[str]] = {
     NeedsLabels: {"no_labels_no_learning"},
     KeepsOneWithoutBudget: {"no_memory_works"},
     ChangesItsOptions: {"options_build_it_again"},
+    TrainsWhatItKeeps: {"keeps_features_as_it_says"},
     SaysNothing: {"says_how_it_differs"},
     LearnsFromQuestions: {
         *("predicting_changes_no_answer", "resumes_with_the_same_bits"),
