@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from clbench import config, machine, protocol, trackers
+from clbench import config, features, machine, protocol, trackers
 from clbench.conditions import Conditions, Names, identify
 from clbench.engines.pool import Died
 from clbench.errors import UserError
@@ -79,6 +79,14 @@ class Cell:
     def _fit(self, scenario: Scenario, strategy: Strategy) -> None:
         strategy.check(scenario)
         scenario.check(self.conditions.split)
+        if self.conditions.cache_features:
+            features.check(scenario, strategy)
+
+
+def cache_dir(composed: Mapping[str, Any]) -> Path | None:
+    """Where a configuration keeps what was made; None: in the user's cache folder."""
+    folder = composed.get("cache_dir")
+    return None if folder is None else Path(folder)
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,7 @@ def perform(
                     progress=told,
                     tracker=tracker,
                     limits=cell.limits,
+                    cache_dir=cache_dir(cell.composed),
                 )
         except UserError:
             folder.forget_if_unused()

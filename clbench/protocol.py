@@ -35,8 +35,8 @@ def run(
     progress: Progress | None = None,
     tracker: Tracker | None = None,
     limits: Limits | None = None,
-) -> Result:
     cache_dir: Path | None = None,
+) -> Result:
     """Runs one strategy through one stream.
 
     Args:
@@ -49,8 +49,8 @@ def run(
         progress: Told how far the run is.
         tracker: Told what there is to show.
         limits: What it may take; default: as long as it takes.
-
         cache_dir: Where kept features lie, if any are; None: the user's cache folder.
+
     Returns:
         The result: complete, or diverged, out of memory or timed out, with the reason.
 
@@ -61,9 +61,9 @@ def run(
     conditions = conditions or Conditions()
     strategy.check(scenario)
     scenario.check(conditions.split)
-    result = Result(run=identify(scenario, strategy, conditions, names, tuned))
     if conditions.cache_features:
         features.check(scenario, strategy)
+    result = Result(run=identify(scenario, strategy, conditions, names, tuned))
     tracker, limits = tracker or Untracked(), limits or Limits()
     progress = progress or Silent()
     with interruption.watched(signals=folder is not None) as stop:
@@ -140,8 +140,8 @@ class _Loop:
         tracker: Tracker,
         limits: Limits,
         stop: Stop,
-    ) -> None:
         cache_dir: Path | None,
+    ) -> None:
         self.scenario, self.strategy, self.conditions = scenario, strategy, conditions
         self.result, self.folder, self.progress, self.tracker = result, folder, progress, tracker
         self.limits, self.stop, self.cache_dir = limits, stop, cache_dir
@@ -158,11 +158,11 @@ class _Loop:
         self.stream = stream.to(self.device)
         model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         threads = self._describe(model)
-        self.tracker.begin(self.result)
-        with (
         if self.conditions.cache_features:
             with machine.thread_count(threads), machine.deterministic():
                 model = self._embed(model)
+        self.tracker.begin(self.result)
+        with (
             machine.thread_count(threads),
             machine.deterministic(),
             self.account.passes.watch(model),
@@ -200,8 +200,6 @@ class _Loop:
         self.result.environment = dict(machine.environment(self.device, threads))
         return threads
 
-    def _set_up(self, model: torch.nn.Module) -> None:
-        machine.reset_peak_memory(self.device)
     def _embed(self, model: torch.nn.Module) -> torch.nn.Module:
         """Features in place of the images; what making or reading them takes is a cost apart."""
         began = time.perf_counter()
@@ -211,6 +209,8 @@ class _Loop:
         self.account.costs["feature_seconds"] = time.perf_counter() - began
         return head
 
+    def _set_up(self, model: torch.nn.Module) -> None:
+        machine.reset_peak_memory(self.device)
         self.context = Context(
             device=self.device,
             seed=self.conditions.seed,

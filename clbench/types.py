@@ -399,6 +399,15 @@ class Strategy(ABC):
             )
 
     @property
+    def keeps_features(self) -> bool:
+        """Whether images reach it as the model's `features` alone, which it never changes.
+
+        Such a method gets the same features in place of the images where `cache_features=true`:
+        `model.features` then hands on what it is given.
+        """
+        return False
+
+    @property
     def memory_samples(self) -> int:
         """Stored samples of the stream, in its memories."""
         return 0
@@ -413,15 +422,6 @@ class Strategy(ABC):
 
 #: Metadata of fields that say where files lie; they are no part of a run's identity.
 LOCATION: Mapping[str, Any] = {"identity": False}
-    @property
-    def keeps_features(self) -> bool:
-        """Whether images reach it as the model's `features` alone, which it never changes.
-
-        Such a method gets the same features in place of the images where `cache_features=true`:
-        `model.features` then hands on what it is given.
-        """
-        return False
-
 
 #: Settings in which labelled classes arrive and a classifier is scored.
 CLASSIFICATION = frozenset({Setting.CLASS_INCREMENTAL, Setting.DOMAIN_INCREMENTAL})
