@@ -64,6 +64,9 @@ class Source(ABC):
     def gather(self, index: Tensor) -> Tensor:
         """The stored samples at `index` ([B] int64 on the source's device), [B, ...] on it."""
 
+    def expect(self, index: Tensor) -> None:  # noqa: B027
+        """Says what will be gathered after next; nobody waits, and no number depends on it."""
+
     @abstractmethod
     def to(self, device: torch.device) -> Source:
         """The same samples served on `device`; itself where nothing changes."""
@@ -117,6 +120,10 @@ class MappedSource(Source):
             out = np.empty((len(positions), *self.inputs.shape[1:]), self.inputs.dtype)
             out[order] = self.inputs[positions[order]]
         return torch.from_numpy(out).to(self.device, non_blocking=True)
+
+    def expect(self, index: Tensor) -> None:
+        if isinstance(self.inputs, Rows):
+            self.inputs.expect(self._positions(index))
 
     def _positions(self, index: Tensor) -> NDArray[np.int64]:
         index = index.cpu()
@@ -206,6 +213,7 @@ class Samples:
         batch_bytes = self.source.gather(self.index[order[:1]]).nbytes * batch_size
         chunk = max(1, self.CHUNK // max(1, batch_bytes)) * batch_size
         for start in range(0, len(order), chunk):
+            self.source.expect(self.index[order[start + chunk : start + 2 * chunk]])
             whole = self.take(order[start : start + chunk], augment)
             columns = [
                 part.split(batch_size)

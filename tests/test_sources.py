@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clbench.nn.transforms import Identity, ImageTransform
+from clbench.rows import Rows
 from clbench.samples import MappedSource, Samples, Source, TensorSource, concatenate
 
 CPU = torch.device("cpu")
@@ -78,6 +79,15 @@ def test_a_run_s_batches_are_the_same_from_a_file(
     for source in (mapped, scattered):
         for a, b in zip(batches(source), expected, strict=True):
             assert torch.equal(a, b)
+
+
+def test_what_is_expected_changes_nothing(tmp_path: Path, scattered: MappedSource) -> None:
+    rows = Rows.behind(np.load(tmp_path / "scattered.npy", mmap_mode="r"))
+    on_disk = MappedSource(rows, scattered.targets, scattered.rows)
+    index = torch.tensor([3, 0, 0, 5])
+    for source in (on_disk, scattered):
+        source.expect(index)
+        assert torch.equal(source.gather(index), scattered.gather(index))
 
 
 def test_what_is_gathered_may_be_written_to(mapped: MappedSource) -> None:
