@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,6 +17,7 @@ class Account:
 
     Args:
         device: Waited for before a clock is read.
+        clock: Seconds from some moment on.
 
     Attributes:
         costs: By name, as a result has them.
@@ -24,8 +25,10 @@ class Account:
         passes: Counts samples through the model, into `costs`.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(
+        self, device: torch.device, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.device, self._clock = device, clock
         self.costs: dict[str, float | int] = {
             "train_seconds": 0.0,
             "evaluate_seconds": 0.0,
@@ -36,12 +39,12 @@ class Account:
         self.step = 0
         self.passes = Passes(self.costs)
         self._earlier = self._apart = 0.0
-        self._started = self._began = time.perf_counter()
+        self._started = self._began = clock()
 
     @property
     def elapsed(self) -> float:
         """Seconds since the run began, without those between an interruption and its end."""
-        return self._earlier + time.perf_counter() - self._started
+        return self._earlier + self._clock() - self._started
 
     def begin(self) -> None:
         """Training begins now."""
@@ -50,21 +53,21 @@ class Account:
 
     def go_on(self) -> None:
         """`begin`, where nothing is under way on the device."""
-        self._began, self._apart = time.perf_counter(), 0.0
+        self._began, self._apart = self._clock(), 0.0
 
     def train(self) -> None:
         """Counts the seconds since the last time as training."""
         machine.synchronise(self.device)
-        now = time.perf_counter()
+        now = self._clock()
         self.costs["train_seconds"] += now - self._began - self._apart
         self._began, self._apart = now, 0.0
 
     @contextmanager
     def apart(self) -> Iterator[None]:
         """The seconds that the block takes are no training."""
-        began = time.perf_counter()
+        began = self._clock()
         yield
-        self._apart += time.perf_counter() - began
+        self._apart += self._clock() - began
 
     def resume(self, elapsed: float) -> None:
         """The run is that old already."""

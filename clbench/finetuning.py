@@ -125,7 +125,7 @@ class ModuleFinetuning(Wrapper, ABC):
                 for group in optimizer.param_groups:
                     group["lr"] = self.rate(step, steps)
                 optimizer.zero_grad()
-                loss.backward()
+                self.context.differentiation.backward(loss)
                 if self.base.clip:
                     nn.utils.clip_grad_norm_(parameters, self.base.clip)
                 optimizer.step()

@@ -69,29 +69,30 @@ class Passes:
         count = len(tensor)
         self.costs[FORWARD] += count
         if tensor.requires_grad:
-            tensor.register_hook(lambda _: self._returned(count))
+            tensor.register_hook(lambda gradient: self._returned(gradient, count))
 
-    def _returned(self, count: int) -> None:
-        if self._counting:
+    def _returned(self, gradient: Tensor | None, count: int) -> None:
+        # None: of a call shared with other runs, a gradient of theirs alone.
+        if self._counting and gradient is not None:
             self.costs[BACKWARD] += count
 
 
-class _Hook:
-    """Stays with its counter when the model that it is on is copied."""
+class Hook:
+    """Counts, and changes nothing; stays with its counter when its model is copied."""
 
     def __init__(self, passes: Passes) -> None:
         self.passes = passes
 
-    def __deepcopy__(self, memo: Any) -> _Hook:
+    def __deepcopy__(self, memo: Any) -> Hook:
         return self
 
 
-class _Enter(_Hook):
+class _Enter(Hook):
     def __call__(self, module: nn.Module, inputs: Any) -> None:  # noqa: ARG002
         self.passes.enter()
 
 
-class _Leave(_Hook):
+class _Leave(Hook):
     def __call__(self, module: nn.Module, inputs: Any, outputs: Any) -> None:  # noqa: ARG002
         self.passes.leave(outputs)
 

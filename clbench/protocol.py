@@ -16,6 +16,7 @@ from clbench.conditions import Conditions, Names, identify
 from clbench.errors import Diverged, TimedOut, UserError
 from clbench.interruption import Stop
 from clbench.limits import Limits, no_orphans, out_of_memory, require_space
+from clbench.population.companion import present
 from clbench.progress import Progress, Silent
 from clbench.results import Result, RunFolder
 from clbench.saving import Saving
@@ -146,7 +147,8 @@ class _Loop:
         self.result, self.folder, self.progress, self.tracker = result, folder, progress, tracker
         self.limits, self.stop, self.cache_dir = limits, stop, cache_dir
         self.device = machine.choose_device(conditions.device)
-        self.account = Account(self.device)
+        self.companion = present()
+        self.account = Account(self.device, self.companion.clock)
 
     def run(self) -> None:
         """Every experience: learn, score, save."""
@@ -222,6 +224,7 @@ class _Loop:
             stream_batches=self.stream.batches(self.scenario),
             precision=self.conditions.precision,
             on_step=self._on_step,
+            differentiation=self.companion,
         )
         self.scoring = Scoring(
             self.stream, self.strategy, self.context, self.conditions, self.result, self.account
@@ -238,6 +241,7 @@ class _Loop:
         )
         self.scoring.look(model)
         with machine.isolated_rng(self.conditions.seed, "setup"):
+            self.companion.adopt(model)
             self.strategy.setup(model, self.context)
         if self.scoring.online:
             self.scoring.online.begin()

@@ -116,6 +116,16 @@ class Trainer(Strategy, ABC):
         """Once, after the last step of an experience."""
 
 
+def has_own_loop(strategy: Strategy) -> bool:
+    """Whether a method, or one that it wraps, learns otherwise than by the seams of `Trainer`."""
+    if not isinstance(strategy, Trainer):
+        return True
+    kind = type(strategy)
+    if kind.learn is not Trainer.learn or kind.fit is not Trainer.fit:
+        return True
+    return isinstance(strategy, Wrapper) and has_own_loop(strategy.base)
+
+
 @dataclass(kw_only=True)
 class GradientStrategy(Trainer, ABC):
     """A method that minimises a loss over minibatches; it changes as few seams as it needs.
@@ -173,7 +183,7 @@ class GradientStrategy(Trainer, ABC):
 
     def update(self, loss: Tensor) -> None:
         self._optimizer.zero_grad()
-        loss.backward()
+        self.context.differentiation.backward(loss)
         self.descend()
 
     def observe(self, batch: Batch) -> None:
@@ -240,11 +250,10 @@ class Wrapper(Trainer, ABC):
     def check(self, scenario: Scenario) -> None:
         super().check(scenario)
         self.base.check(scenario)
-        base = type(self.base)
-        if base.learn is not Trainer.learn or base.fit is not Trainer.fit:
+        if has_own_loop(self.base):
             raise UserError(
-                f"{type(self).__name__} can't wrap {base.__name__}, which has a loop of its own. "
-                "Choose another strategy.base."
+                f"{type(self).__name__} can't wrap {type(self.base).__name__}, which has a loop of "
+                "its own. Choose another strategy.base."
             )
 
     def before(self, experience: Experience) -> None:

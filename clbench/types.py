@@ -231,6 +231,18 @@ class Scenario(ABC):
         """
 
 
+class Differentiation:
+    """How losses become gradients: those of one run, at once."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of a loss to the `grad` of what it depends on."""
+        loss.backward()
+
+    def gradients(self, loss: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Gradients of a loss; zeros for weights that it does not depend on."""
+        return torch.autograd.grad(loss, weights, materialize_grads=True)
+
+
 class Context:
     """What the engine lends a strategy for one run.
 
@@ -248,6 +260,7 @@ class Context:
         seen: The experiences met so far, for strategies that declare `revisits`; else empty.
         source: Labelled samples that the model was trained on before the stream, if any.
         on_step: Called after every training step with the number of stream samples used.
+        differentiation: Makes gradients, those of other runs at the same time perhaps.
         proceed: What `resumable` hands to the first loop of an experience that asks for it.
     """
 
@@ -264,11 +277,13 @@ class Context:
         precision: str = "fp32",
         source: Samples | None = None,
         on_step: Callable[[int], None] = lambda _: None,
+        differentiation: Differentiation | None = None,
     ) -> None:
         self.device, self.seed, self.scenario = device, seed, scenario
         self.objective, self.transform, self.n_outputs = objective, transform, n_outputs
         self.stream_batches = stream_batches
         self.precision, self.source, self.on_step = precision, source, on_step
+        self.differentiation = differentiation or Differentiation()
         self.proceed: Callable[[], bool] = _always
         self.seen: list[Experience] = []
         self.generators: dict[str, torch.Generator] = {}

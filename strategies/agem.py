@@ -38,7 +38,7 @@ class AGEM(GradientStrategy):
 
     def update(self, loss: Tensor) -> None:
         self._optimizer.zero_grad()
-        loss.backward()
+        self.context.differentiation.backward(loss)
         if len(self.memory):
             parameters = [p for p in self.trainable() if p.grad is not None]
             gradient = [p.grad for p in parameters if p.grad is not None]
@@ -48,7 +48,7 @@ class AGEM(GradientStrategy):
     def _reference(self, parameters: list[nn.Parameter]) -> tuple[Tensor, ...]:
         recalled = self.memory.draw(self.context.memory_batch_size)
         loss = self.context.objective.loss(self.forward(recalled.inputs), recalled.targets)
-        return torch.autograd.grad(loss, parameters, materialize_grads=True)
+        return self.context.differentiation.gradients(loss, parameters)
 
     def observe(self, batch: Batch) -> None:
         self.memory.add(batch)

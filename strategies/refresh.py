@@ -116,7 +116,7 @@ class Refresh(Wrapper):
             else:
                 outputs = self.base.forward(batch.inputs)
                 loss = self.context.objective.loss(outputs, batch.targets)
-            uphill = torch.autograd.grad(loss, self._weights, materialize_grads=True)
+            uphill = self.context.differentiation.gradients(loss, self._weights)
         with torch.no_grad():
             if self.form == "relative":
                 uphill = rescaled(uphill, self._weights)

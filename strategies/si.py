@@ -62,7 +62,7 @@ class SI(GradientStrategy):
 
     def update(self, loss: Tensor) -> None:
         self._optimizer.zero_grad()
-        loss.backward()
+        self.context.differentiation.backward(loss)
         weights = self.anchor.parameters
         whole = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
         with torch.no_grad():
