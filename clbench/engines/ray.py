@@ -29,9 +29,14 @@ from clbench.engines.pool import (
 from clbench.errors import Interrupted, UserError
 
 #: Seconds that a cluster may take to answer.
-_ANSWER = 10.0
+_ANSWER = 8
 #: Tasks that Ray knows of at once: waiting takes time that grows with their number.
 _AT_ONCE = 1000
+#: What to do where a cluster refuses.
+_TOKEN = (
+    "Clusters ask for a token (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=, the same on all of "
+    "its machines and here) unless they were started with RAY_AUTH_MODE=disabled."
+)
 
 
 @dataclass(kw_only=True)
@@ -74,11 +79,11 @@ class Tasks(Pool):
     """
 
     def __init__(self, options: Ray, device: str) -> None:
-        self._ray = _library()
+        self._ray = _library(options.retries)
         self._options = options
         self._own = not self._ray.is_initialized()
         if self._own:
-            _connect(self._ray, options.address, options.retries)
+            _connect(self._ray, options.address)
         there = self._ray.cluster_resources()
         gpus = options.gpus
         if gpus is None:
@@ -158,7 +163,11 @@ def _or_elsewhere(function: Callable[[Any], Any], item: Any) -> Any:
         os._exit(os.EX_TEMPFAIL)
 
 
-def _library() -> Any:
+def _library(retries: int) -> Any:
+    """Ray, which reads these variables when it is imported."""
+    os.environ.setdefault("RAY_task_oom_retries", str(retries))  # else memory is tried for ever
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", str(_ANSWER))  # seconds, one each
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
         import ray.exceptions
@@ -170,7 +179,7 @@ def _library() -> Any:
     return ray
 
 
-def _connect(ray: Any, address: str | None, retries: int) -> None:
+def _connect(ray: Any, address: str | None) -> None:
     """Joins the cluster that was asked for, or starts one of this machine.
 
     Never the one that Ray found here last, which may long be dead.
@@ -183,8 +192,6 @@ def _connect(ray: Any, address: str | None, retries: int) -> None:
         address = _last_address()
     if address != "local":
         _require_answer(address)
-    os.environ.setdefault("RAY_task_oom_retries", str(retries))  # else memory is tried for ever
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address == "local":
         options["include_dashboard"] = False
@@ -193,9 +200,7 @@ def _connect(ray: Any, address: str | None, retries: int) -> None:
             ray.init(address=address, **options)
     except ray.exceptions.AuthenticationError as error:
         raise UserError(
-            f"The Ray cluster at {address} does not let this command in: {_first_line(error)} "
-            "Give it the cluster's token (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=), or "
-            "RAY_AUTH_MODE=disabled if that cluster has none."
+            f"The Ray cluster at {address} does not let this command in. {_TOKEN}"
         ) from error
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise UserError(_advice(address, _first_line(error))) from error
@@ -222,7 +227,8 @@ def _require_answer(address: str) -> None:
 def _advice(address: str, reason: str) -> str:
     return (
         f"No Ray cluster answers at {address}: {reason} Start one (ray start --head), give the "
-        "address of its head as RAY_ADDRESS=host:6379, or unset that to use this machine alone."
+        "address of its head as RAY_ADDRESS=host:6379, or unset that to use this machine alone. "
+        f"It may be there and not let this command in: {_TOKEN}"
     )
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 import toy_runs
+from ray_cluster import Cluster
+from suite import write_all
 from toy_runs import OFTEN, REPLAY, numbers, planned, started, stepped, wait_for
 
 from clbench import checkpoint, tuning
@@ -140,9 +142,60 @@ def test_fault_05_a_worker_is_killed(tmp_path: Path) -> None:
     assert "resumed within experience 2 after 3 steps" in log_of(tmp_path)
 
 
-@pytest.mark.skip(reason="the suite has no Ray engine; machines share work by their folders alone")
-def test_fault_06_a_node_is_removed() -> None:
-    """remove_node(allow_graceful=False) | Its runs are scheduled elsewhere."""
+SLOW = {
+    "strategies/slow.py": '''
+import os, time
+from dataclasses import dataclass
+from clbench.training import GradientStrategy
+
+
+@dataclass(kw_only=True)
+class Slow(GradientStrategy):
+    """Fine-tuning that takes its time. **Differs from the paper:** there is none."""
+
+    def loss(self, batch):
+        with open(f"steps-{self.context.seed}", "a") as file:
+            file.write(f"{os.getpid()}\\n")
+        time.sleep(0.04)
+        return super().loss(batch)
+''',
+    "conf/strategy/slow.yaml": "_target_: strategies.slow.Slow\nlr: 0.1\n",
+}
+
+
+def steppers(work: Path, seed: int) -> list[int]:
+    """The processes that took the steps of a run, one for each step."""
+    note = work / f"steps-{seed}"
+    return [int(line) for line in note.read_text().split()] if note.exists() else []
+
+
+@pytest.mark.slow
+def test_fault_06_a_node_is_removed(cluster: Cluster, work: Path) -> None:
+    """SIGKILL a worker, then a node of two, in a sweep of Ray | All complete, none twice."""
+    write_all(work, SLOW)
+    sweep = ["strategy=slow", "scenario.epochs=2", "checkpoint_every=0.005", "progress=false"]
+    words = [sys.executable, "-m", "clbench", "-m", *sweep, "seed=0,1,2,3,4,5", "engine=ray"]
+    with (work / "said").open("w") as said:
+        driver = subprocess.Popen(words, env=cluster.environment, stdout=said, stderr=said)
+        begun: list[int] = []
+        deadline = time.monotonic() + 120
+        while len(begun) < 2 and time.monotonic() < deadline:
+            begun = [seed for seed in range(6) if len(steppers(work, seed)) > 30]
+            time.sleep(0.01)
+        os.kill(steppers(work, begun[0])[-1], signal.SIGKILL)
+        cluster.remove_node()
+        assert driver.wait(240) == 0, (work / "said").read_text()
+    table = read(work / "results").set_index("seed")
+    assert table["status"].to_dict() == dict.fromkeys(range(6), "complete")
+    logs = {seed: (Path(path) / "log.txt").read_text() for seed, path in table["path"].items()}
+    assert all(log.count(" complete") == 1 for log in logs.values()), "a run was made twice"
+    disturbed = {seed for seed in range(6) if len({*steppers(work, seed)}) > 1}
+    assert disturbed
+    assert all("resumed" in logs[seed] for seed in disturbed)
+    whole = [*words[:3], *sweep, f"seed={begun[0]}", "results_dir=whole"]
+    subprocess.run(whole, env=cluster.environment, check=True, capture_output=True, timeout=120)
+    (expected,) = read(work / "whole").to_dict("records")
+    assert table.loc[begun[0], "average_accuracy"] == expected["average_accuracy"]
 
 
 def test_fault_07_a_run_that_always_dies(tmp_path: Path) -> None:
