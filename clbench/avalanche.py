@@ -10,6 +10,7 @@ import hashlib
 import inspect
 from abc import ABC
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,7 +18,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from clbench import downloads, foreign, machine
+from clbench import checksums, foreign, machine
+from clbench.archives import kept_inside
 from clbench.classification import Classification, Images, ImageScenario, relabelled
 from clbench.errors import UserError
 from clbench.foreign import quietly
@@ -96,7 +98,8 @@ class AvalancheScenario(ImageScenario, ABC):
             returns a benchmark, `scenarios.<file>.<function>`.
         arguments: For the benchmark, by name; plain values.
         tuning_fraction: Part of each class's training samples that is for tuning; 0: none.
-        data_dir: Folder of the datasets. What is missing Avalanche downloads.
+        data_dir: Folder of the datasets. What is missing Avalanche downloads; a file of that which
+            has changed since is refused.
         unpickle: Allow benchmarks that read pickles from the web, which can execute code.
     """
 
@@ -204,8 +207,9 @@ class AvalancheScenario(ImageScenario, ABC):
         from avalanche.benchmarks import CLScenario
 
         factory, arguments = self._made_with(seed)
+        root = arguments.get("dataset_root")
         try:
-            with downloads.kept_inside():
+            with checksums.watched(Path(root)) if root else nullcontext(), kept_inside():
                 made = factory(**arguments)
         except UserError:
             raise

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clbench import downloads
+from clbench import checksums, downloads
 from clbench.classification import Images, channel_statistics
 from clbench.division import DividedImages, held_out
 from clbench.errors import UserError
@@ -47,6 +47,7 @@ class _Published:
         std: Per channel.
         n_classes: Classes.
         verified: torchvision compares the files with their published MD5 sums when it reads them.
+        archives: What the files are packed in, below data_dir.
     """
 
     title: str
@@ -57,6 +58,7 @@ class _Published:
     std: Sequence[float]
     n_classes: int
     verified: bool
+    archives: Sequence[str]
 
 
 _PUBLISHED: Mapping[str, _Published] = {
@@ -69,6 +71,7 @@ _PUBLISHED: Mapping[str, _Published] = {
         (0.3081,),
         10,
         False,
+        [f"MNIST/raw/{name}.gz" for name in _IDX],
     ),
     "fashion_mnist": _Published(
         "FashionMNIST",
@@ -79,6 +82,7 @@ _PUBLISHED: Mapping[str, _Published] = {
         (0.3530,),
         10,
         False,
+        [f"FashionMNIST/raw/{name}.gz" for name in _IDX],
     ),
     "cifar10": _Published(
         "CIFAR10",
@@ -89,6 +93,7 @@ _PUBLISHED: Mapping[str, _Published] = {
         (0.2470, 0.2435, 0.2616),
         10,
         True,
+        ["cifar-10-python.tar.gz"],
     ),
     "cifar100": _Published(
         "CIFAR100",
@@ -99,6 +104,7 @@ _PUBLISHED: Mapping[str, _Published] = {
         (0.2673, 0.2564, 0.2762),
         100,
         True,
+        ["cifar-100-python.tar.gz"],
     ),
 }
 
@@ -152,8 +158,11 @@ def load(name: Name, data_dir: Path, download: bool = False) -> Images:
         return _digits()
     check(name, data_dir, download)
     known = _PUBLISHED[name]
-    train, _ = _part(known, data_dir, True, download)
-    test, class_names = _part(known, data_dir, False, download)
+    if download:
+        _fetch(known, data_dir)
+    checksums.compare(data_dir, [data_dir / known.folder / file for file in known.files])
+    train, _ = _part(known, data_dir, True)
+    test, class_names = _part(known, data_dir, False)
     return Images(train, test, class_names, known.mean, known.std)
 
 
@@ -184,10 +193,10 @@ def fingerprint(name: Name, data_dir: Path, download: bool = False) -> dict[str,
     if name == "digits" or _PUBLISHED[name].verified:
         return {}
     known = _PUBLISHED[name]
-    folder = data_dir / known.folder
-    if download and not all((folder / file).is_file() for file in known.files):
-        _part(known, data_dir, True, download)
+    if download:
+        _fetch(known, data_dir)
     check(name, data_dir)
+    folder = data_dir / known.folder
     return {
         file: hashlib.sha256((folder / file).read_bytes()).hexdigest()
         for file in (*known.files, *_PROCESSED)
@@ -219,23 +228,65 @@ def _digits() -> Images:
     )
 
 
-def _part(
-    known: _Published, data_dir: Path, train: bool, download: bool
-) -> tuple[TensorSource, list[str]]:
-    """The training or the test part, and the class names."""
+def _fetch(known: _Published, data_dir: Path) -> None:
+    """Fetches what is missing, and remembers what was unpacked of it.
+
+    Raises:
+        UserError: If it can't be fetched, or is not what it should be.
+    """
+    folder = data_dir / known.folder
+    with downloads.fetching(data_dir):
+        if all((folder / file).is_file() for file in known.files):
+            return
+        room = data_dir / ".fetching"
+        shutil.rmtree(room, ignore_errors=True)  # of a process that was killed
+        try:
+            for archive in known.archives:
+                expected = checksums.known()[archive]
+                addresses = _addresses(known, Path(archive).name)
+                downloads.kept(room / archive, addresses, expected, "the suite")
+            _read(known, room, True, download=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in known.files:
+                (room / known.folder / file).replace(folder / file)
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
+        checksums.remember(data_dir, [folder / file for file in known.files])
+
+
+def _addresses(known: _Published, name: str) -> list[str]:
+    """Where torchvision gets an archive."""
+    from torchvision import datasets
+
+    kind = vars(datasets)[known.title]
+    if issubclass(kind, datasets.MNIST):
+        return [f"{mirror}{name}" for mirror in kind.mirrors]
+    return [kind.url]
+
+
+def _read(known: _Published, data_dir: Path, train: bool, download: bool = False) -> Any:
+    """torchvision's dataset: the training or the test part.
+
+    Raises:
+        UserError: If it is missing or damaged.
+    """
     from torchvision import datasets
 
     with warnings.catch_warnings():
         # NumPy 2.4.0 to 2.4.4 warn of the files that NumPy 1 wrote, as CIFAR's.
         warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
         try:
-            with downloads.fetching(data_dir) if download else nullcontext():
-                read = vars(datasets)[known.title](str(data_dir), train=train, download=download)
+            return vars(datasets)[known.title](str(data_dir), train=train, download=download)
         except (OSError, RuntimeError, ValueError, AssertionError) as error:
             raise UserError(
                 f"{known.title} in {data_dir / known.folder} can't be read: {error}. Delete the "
                 f"folder and get it again from {known.page}."
             ) from error
+
+
+def _part(known: _Published, data_dir: Path, train: bool) -> tuple[TensorSource, list[str]]:
+    """The training or the test part, and the class names."""
+    read = _read(known, data_dir, train)
     pixels = torch.as_tensor(np.asarray(read.data))
     images = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
     targets = torch.as_tensor(read.targets, dtype=torch.int64)

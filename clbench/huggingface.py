@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clbench import hub
+from clbench.archives import kept_inside
 from clbench.errors import UserError, did_you_mean
 from clbench.foreign import quietly
 from clbench.image_files import Pixels, decoded, statistics
@@ -75,7 +76,7 @@ def opened(
     folder = Path(path).expanduser()
     kept = None if cache_dir is None else str(cache_dir / "huggingface")
     if folder.is_dir():
-        with _understood(path):
+        with _understood(path), kept_inside():
             if any((folder / name).is_file() for name in _SAVED):
                 found = datasets.load_from_disk(str(folder))
             else:
@@ -87,7 +88,7 @@ def opened(
             "dataset, or to the name of one on the Hugging Face hub, as in owner/name."
         )
     commit = _commit(path, revision)
-    with _understood(path):
+    with _understood(path), hub.verified(path, "dataset"), kept_inside():
         found = datasets.load_dataset(
             path, configuration, revision=commit or revision, cache_dir=kept
         )

@@ -7,6 +7,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clbench import hub
+from clbench import checksums, hub
 from clbench.errors import UserError
 from clbench.nn.weights import (
     HEADS,
@@ -352,7 +353,7 @@ class Timm(Backbone):
         import timm
 
         try:
-            with hub.quiet():
+            with hub.quiet(), _verified(self.name) if self.pretrained else nullcontext():
                 return timm.create_model(
                     self.name,
                     pretrained=self.starts_trained,
@@ -365,6 +366,8 @@ class Timm(Backbone):
                     drop_rate=self.drop_rate,
                     drop_path_rate=self.drop_path_rate,
                 )
+        except UserError:
+            raise
         # timm, the hub's client and its transport share no base class for what goes wrong here.
         except Exception as error:
             if self.weights is not None:
@@ -380,6 +383,14 @@ class Timm(Backbone):
                 start = f"timm couldn't build {self.name} for images of shape {image_shape}"
                 advice = "Change backbone.name or its options."
             raise UserError(f"{start}: {brief(error)}. {advice}") from error
+
+
+def _verified(name: str) -> AbstractContextManager[None]:
+    """What timm fetches of trained weights in the block, and what it takes from a cache."""
+    published = _timm_config(name).hf_hub_id
+    if published:
+        return hub.verified(published, "model")
+    return checksums.watched(Path(torch.hub.get_dir()) / "checkpoints")
 
 
 class BasicBlock(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from clbench import cache
+from clbench import cache, checksums
 from clbench.errors import UserError
 from clbench.nn.backbones import Backbone, FeatureExtractor, ModelFeatures
 from clbench.nn.cutting import features_of, without_head
@@ -26,7 +26,7 @@ class RobustBench(Backbone):
     The literature's source models of corrupted images: for CIFAR-10-C "Standard" (WideResNet-
     28-10), for CIFAR-100-C "Hendrycks2020AugMix_ResNeXt". They normalise their inputs themselves,
     so `mean` and `std` are 0 and 1 unless given. The library is imported, and downloads the
-    weights, when the model is made.
+    weights, when the model is made; a file that has changed since then is refused.
 
     Attributes:
         weights: None: the zoo's.
@@ -79,12 +79,15 @@ class RobustBench(Backbone):
             ) from error
         folder = self.model_dir or cache.default_folder() / "robustbench"
         try:
-            model = zoo.load_model(
-                model_name=self.name,
-                model_dir=str(folder),
-                dataset=self.dataset,
-                threat_model=self.threat_model,
-            )
+            with checksums.watched(folder):
+                model = zoo.load_model(
+                    model_name=self.name,
+                    model_dir=str(folder),
+                    dataset=self.dataset,
+                    threat_model=self.threat_model,
+                )
+        except UserError:
+            raise
         # The zoo, its downloads and unpickling share no base class for what goes wrong here.
         except Exception as error:
             raise UserError(

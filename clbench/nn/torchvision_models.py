@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
+from clbench import checksums, downloads
 from clbench.errors import UserError, did_you_mean
 from clbench.nn.backbones import Backbone, FeatureExtractor, ModelFeatures
 from clbench.nn.cutting import features_of, without_head
@@ -84,17 +88,41 @@ class TorchVision(Backbone):
         from torchvision import models
 
         chosen = _weights(self.name, self.tag) if self.pretrained else None
+        if chosen is not None:
+            _require_tensors(chosen.url)
         try:
             model: nn.Module = models.get_model(self.name, weights=chosen)
-        except Exception as error:  # of the transport, which has no base class
+        except Exception as error:
             raise UserError(
-                f"torchvision couldn't get the weights of {self.name}: {brief(error)}. Where there "
-                "is no network, download the file elsewhere and set backbone.weights=<file> and "
-                "backbone.pretrained=false."
+                f"torchvision couldn't build {self.name}: {brief(error)}. Change backbone.name or "
+                "its options."
             ) from error
         if getattr(model, "aux_logits", False):
             raise UserError(f"{whose} has several outputs. Choose another backbone.name.")
         return model
+
+
+def _require_tensors(address: str) -> None:
+    """Fetches a file of weights to where torchvision takes it from, and looks at it before.
+
+    Its name ends in the first digits of its SHA-256. torchvision compares them when it fetches
+    the file, never later, and would unpickle whatever is there.
+
+    Raises:
+        UserError: If it can't be fetched, is another file, or holds more than tensors.
+    """
+    folder, name = Path(torch.hub.get_dir()) / "checkpoints", address.rpartition("/")[2]
+    stated = torch.hub.HASH_REGEX.search(name)
+    ours = checksums.known().get(name)
+    expected = ours or (stated.group(1) if stated else "")
+    path, there = folder / name, (folder / name).is_file()
+    with nullcontext() if there else downloads.fetching(folder):
+        downloads.kept(path, [address], expected, "the suite" if ours else "its name")
+        if there:
+            checksums.compare(folder, [path])
+        else:
+            checksums.remember(folder, [path])
+    read(str(path))
 
 
 def _weights(name: str, tag: str) -> Any:

@@ -242,16 +242,16 @@ class Published(Decoder):
         automatic = needed("transformers").AutoModelForCausalLM
         config = self._config()
         try:
-            model: nn.Module = (
-                automatic.from_pretrained(
+            if not self.starts_trained:
+                model: nn.Module = automatic.from_config(config, dtype=torch.float32)
+                return model
+            with hub.verified(self.where, "model"):
+                model = automatic.from_pretrained(
                     self._where,
                     config=config,
                     dtype=torch.float32,
                     local_files_only=hub.cached_only(self.where),
                 )
-                if self.starts_trained
-                else automatic.from_config(config, dtype=torch.float32)
-            )
         except (OSError, ValueError) as error:
             raise self._refusal(error) from error
         return model

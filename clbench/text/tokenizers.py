@@ -126,10 +126,11 @@ class Published(Tokenizer):
         transformers = needed("transformers")
         folder = Path(where).expanduser()
         try:
-            self._inner = transformers.AutoTokenizer.from_pretrained(
-                str(folder) if folder.is_dir() else where,
-                local_files_only=hub.cached_only(where),
-            )
+            with hub.verified(where, "model"):
+                self._inner = transformers.AutoTokenizer.from_pretrained(
+                    str(folder) if folder.is_dir() else where,
+                    local_files_only=hub.cached_only(where),
+                )
         except (OSError, ValueError) as error:
             if hub.cached_only(where):
                 raise UserError(

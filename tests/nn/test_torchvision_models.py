@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -111,13 +112,72 @@ def test_wrong_keys_are_named(tmp_path: Path) -> None:
         TorchVision(name="resnet18", weights=str(tmp_path / "w.pth")).build(RGB)
 
 
-def test_without_a_network_a_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of weights that torchvision fetches from a folder, its name ending in its SHA-256."""
+    weights = models.ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1
+    torch.save(made("shufflenet_v2_x0_5").state_dict(), tmp_path / "w")
+    digest = hashlib.sha256((tmp_path / "w").read_bytes()).hexdigest()
+    file = (tmp_path / "w").rename(tmp_path / f"shufflenet-{digest[:8]}.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(weights.value, "url", file.as_uri())
+    return file
+
+
+SMALL = {"name": "shufflenet_v2_x0_5", "pretrained": True, "load_head": True}
+
+
+def test_weights_are_fetched_once_and_remembered(published: Path) -> None:
+    with torch.random.fork_rng():
+        model = classifier(TorchVision(**SMALL), RGB, 1000).eval()
+    torch.testing.assert_close(
+        model(images()), made("shufflenet_v2_x0_5")(images()), rtol=0, atol=0
+    )
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    digest = hashlib.sha256(published.read_bytes()).hexdigest()
+    assert (folder / "clbench.sha256").read_text() == f"{digest}  {published.name}\n"
+    published.unlink()
+    with torch.random.fork_rng():
+        TorchVision(**SMALL).build(RGB)
+    content = bytearray((folder / published.name).read_bytes())
+    content[1000] ^= 1
+    (folder / published.name).write_bytes(content)
+    with torch.random.fork_rng(), pytest.raises(UserError, match=r"another file .* its name says"):
+        TorchVision(**SMALL).build(RGB)
+
+
+class Canary:
+    """Says that it was unpickled."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return Path.touch, (self.place,)
+
+
+def test_fetched_weights_execute_nothing(published: Path, tmp_path: Path) -> None:
+    torch.save({"conv1": Canary(tmp_path / "executed")}, published)
+    digest = hashlib.sha256(published.read_bytes()).hexdigest()
+    evil = published.rename(tmp_path / f"shufflenet-{digest[:8]}.pth")
+    models.ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1.value.url = evil.as_uri()
+    with torch.random.fork_rng(), pytest.raises(UserError, match="can't be read"):
+        TorchVision(**SMALL).build(RGB)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_without_a_network_a_place_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def unreachable(*_: Any, **__: Any) -> None:
         raise URLError("Connection refused")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
     backbone = TorchVision(name="resnet18", pretrained=True)
     assert backbone.published() is not None
-    with pytest.raises(UserError, match=r"couldn't get the weights.*backbone\.weights=<file>"):
+    says = (
+        r"resnet18-f37072fd\.pth can't be fetched: .*Connection refused.* put it at .*checkpoints"
+    )
+    with pytest.raises(UserError, match=says):
         backbone.build(RGB)
