@@ -236,7 +236,7 @@ TARS = {
 
 @pytest.mark.parametrize("data", TARS.values(), ids=TARS.keys())
 def test_fault_36_archives(data: bytes, tmp_path: Path) -> None:
-    """Tar slip, absolute path, link, device | Refused, whatever a library asks for."""
+    """Tar slip, absolute path, link, device | Refused, also where a library asks for no filter."""
     inside = tmp_path / "inside"
     with archives.kept_inside(), tarfile.open(fileobj=io.BytesIO(data)) as tar:
         try:
