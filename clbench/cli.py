@@ -147,12 +147,12 @@ class _Commands(launching.Sweeps):
 
 def _single(cfg: DictConfig) -> int:
     """One command, here or where its engine says."""
-    from clbench.planning import Job
-
     refuse_environment(OmegaConf.to_container(cfg, resolve=False))
     tree: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    job = Job(tree, _names())
-    command, engine = _command(tree), _engine(tree)
+    command = _command(tree)
+    from clbench.planning import Job  # it needs torch, which nobody waits for with a wrong option
+
+    job, engine = Job(tree, _names()), _engine(tree)
     if command.phase == "report":
         return _job(job, None)
     with engine.open(command.workers, str(tree["device"])) as pool:
