@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,7 @@ class _Loop:
                 else:
                     self._learn(experience)
                 self._score(experience)
+                self.companion.compare(model)
                 if experience.index + 1 < len(self.stream.experiences):
                     self.saving.after(experience)
                 self.stop.obey()
@@ -193,13 +195,17 @@ class _Loop:
         first = self.stream.experiences[0].train or (*arriving, *self.stream.tests)[0]
         sample = first.take(torch.zeros(1, dtype=torch.int64, device=self.device))
         flops = machine.forward_flops(model, sample.inputs)
-        threads = machine.choose_threads(self.conditions.threads, flops * self.scenario.batch_size)
+        work = flops * self.scenario.batch_size / self.companion.processes
+        threads = self.companion.told(
+            partial(machine.choose_threads, self.conditions.threads, work)
+        )
         parameters = sum(p.numel() for p in model.parameters())
         self.account.costs |= {"parameters": parameters, "forward_flops": flops}
         self.result.experiences = [e.name for e in self.stream.experiences]
         self.result.test_sizes = [len(t) for t in self.stream.tests]
         self.result.scenario_facts = {**self.stream.facts, **self.scenario.model_facts(model)}
-        self.result.environment = dict(machine.environment(self.device, threads))
+        environment = machine.environment(self.device, threads)
+        self.result.environment = {**environment, "processes": self.companion.processes}
         return threads
 
     def _embed(self, model: torch.nn.Module) -> torch.nn.Module:

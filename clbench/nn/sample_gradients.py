@@ -25,6 +25,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clbench.errors import UserError
+from clbench.nn.row_hooks import RowHook
+from clbench.population.companion import present
 from clbench.samples import Batch, Samples
 
 #: From outputs [B, ..., C] and targets [B, ...]: vectors v, each of the shape of the outputs; the
@@ -77,16 +79,26 @@ def mean_gradient_powers(
         order = torch.arange(len(samples), device=samples.index.device)
     weights = {n: p.detach().requires_grad_(n in names) for n, p in model.named_parameters()}
     totals = {name: torch.zeros_like(weights[name]) for name in names}
+    companion = present()
+    parts = (
+        {name: torch.zeros_like(weights[name]) for name in names}
+        if companion.processes > 1
+        else totals
+    )
     sums = _of_batch if of_batches else _of_samples
     count = 0
     for batch in samples.batches(order, batch_size):
-        for name, value in sums(model, weights, totals.keys(), batch, cotangents, power):
-            totals[name] += value
+        for name, value, partial in sums(model, weights, totals.keys(), batch, cotangents, power):
+            (parts if partial else totals)[name] += value
         count += 1 if of_batches else len(batch)
+    if parts is not totals:
+        for name, whole in zip(parts, companion.total([*parts.values()]), strict=True):
+            totals[name] += whole
     return {name: total.div_(count) for name, total in totals.items()}
 
 
-Sums = Iterable[tuple[str, Tensor]]
+#: Of each name: a sum, and whether it is only of the rows that this process has.
+Sums = Iterable[tuple[str, Tensor, bool]]
 
 
 def _of_batch(
@@ -103,7 +115,7 @@ def _of_batch(
         gradients = torch.autograd.grad(
             outputs, chosen, v / len(batch), retain_graph=True, materialize_grads=True
         )
-        yield from zip(names, (_power(g, power) for g in gradients), strict=True)
+        yield from ((n, _power(g, power), False) for n, g in zip(names, gradients, strict=True))
 
 
 def _of_samples(
@@ -116,6 +128,7 @@ def _of_samples(
 ) -> Sums:
     with _Recorder(model, names, power, len(batch)) as recorder:
         outputs = functional_call(model, dict(weights), (batch.inputs,))
+    part = present().part
     layers = recorder.layers()
     edges = [layer.edge for layer in layers]
     known = {name for layer in layers for name in layer.names.values()}
@@ -131,7 +144,8 @@ def _of_samples(
             by = _by_vmap if outputs.ndim == 2 else _one_by_one
             yield from by(model, others, fixed, batch.inputs, v, power)
     for layer in layers:
-        yield from ((layer.names[kind], value) for kind, value in layer.sums())
+        named = ((layer.names[kind], value) for kind, value in layer.sums())
+        yield from ((name, value, part is not None) for name, value in named)
 
 
 def _by_vmap(
@@ -151,7 +165,7 @@ def _by_vmap(
     for x, v in zip(inputs.split(piece), cotangent.split(piece), strict=True):
         with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the others
             gradients = each(chosen, x, v)
-        yield from ((name, _power(g, power).sum(0)) for name, g in gradients.items())
+        yield from ((name, _power(g, power).sum(0), False) for name, g in gradients.items())
 
 
 def _one_by_one(
@@ -166,7 +180,7 @@ def _one_by_one(
     for x, v in zip(inputs.split(1), cotangent.split(1), strict=True):
         outputs = functional_call(model, {**fixed, **leaves}, (x,))
         gradients = torch.autograd.grad(outputs, list(leaves.values()), v, materialize_grads=True)
-        yield from zip(leaves, (_power(g, power) for g in gradients), strict=True)
+        yield from ((n, _power(g, power), False) for n, g in zip(leaves, gradients, strict=True))
 
 
 def _piece(like: Tensor, numbers: int) -> int:
@@ -391,6 +405,16 @@ def _kinds(module: nn.Module) -> Sequence[type[_Layer]]:
     return _KINDS.get(type(module), ())
 
 
+class _Record(RowHook):
+    """The forward hook of a recorder."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        self.recorder = recorder
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.recorder.record(module, inputs, output)
+
+
 class _Recorder:
     """Watches a forward pass of so many samples for the layers whose formulas are known."""
 
@@ -408,7 +432,7 @@ class _Recorder:
         self.calls: dict[nn.Module, list[_Layer | None]] = {m: [] for m in self.wanted}
 
     def __enter__(self) -> _Recorder:
-        self.handles = [m.register_forward_hook(self.record) for m in self.wanted]
+        self.handles = [m.register_forward_hook(_Record(self)) for m in self.wanted]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -416,9 +440,10 @@ class _Recorder:
             handle.remove()
 
     def record(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """The forward hook."""
+        """One call of a layer."""
         # What has no row for each sample, such as positions, is told apart by none of them.
-        own = len(inputs[0]) == self.size
+        part = present().part
+        own = len(inputs[0]) == (self.size if part is None else part.stop - part.start)
         kinds = [kind for kind in _kinds(module) if own and kind.fits(module, inputs[0])]
         arguments = module, self.wanted[module], inputs[0], output, self.power
         self.calls[module].append(kinds[0](*arguments) if kinds else None)
