@@ -15,6 +15,7 @@ from clbench.conditions import Conditions, Names, identify
 from clbench.engines.pool import Died
 from clbench.errors import UserError
 from clbench.limits import Limits
+from clbench.population.pool import Population
 from clbench.progress import Progress, Silent
 from clbench.results import Result, RunFolder
 from clbench.types import Scenario, Strategy
@@ -81,6 +82,8 @@ class Cell:
         scenario.check(self.conditions.split)
         if self.conditions.cache_features:
             features.check(scenario, strategy)
+        if self.conditions.population:
+            Population.check(strategy)
 
 
 def cache_dir(composed: Mapping[str, Any]) -> Path | None:

@@ -7,7 +7,13 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+)
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from clbench import interruption, launching, userspace
 from clbench.composing import GROUPS, explained, searched
 from clbench.discretion import refuse_environment
-from clbench.errors import Busy, Interrupted, UserError, did_you_mean
+from clbench.errors import Busy, Interrupted, Submitted, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -92,6 +98,9 @@ def _guarded(action: Callable[[], int]) -> int:
     """Turns what a user can mend into one message and an exit code."""
     try:
         return action()
+    except Submitted as words:
+        print(words, file=sys.stderr)
+        return LATER
     except Busy as error:
         print(f"error: {error}", file=sys.stderr)
         return LATER
@@ -155,7 +164,7 @@ def _single(cfg: DictConfig) -> int:
     job, engine = Job(tree, _names()), _engine(tree)
     if command.phase == "report":
         return _job(job, None)
-    with engine.open(command.workers, str(tree["device"])) as pool:
+    with _opened(command, engine, tree) as pool:
         if pool is None or command.phase != "run":
             return _job(job, pool)
         return _side_by_side([job], pool)[0]
@@ -168,18 +177,41 @@ def _sweep(jobs: Sequence[Job]) -> list[int]:
     search, what follows depends on what was found. Where jobs are too few for the engine's room,
     they take turns, and the pieces are their trials and seeds.
     """
+    from clbench.population.choice import choose
+
     first = jobs[0].tree
     command, engine = _command(first), _engine(first)
     codes, left = _unfinished(jobs)
     if not left:
         return codes
-    with engine.open(command.workers, str(first["device"])) as pool:
+    with _opened(command, engine, first) as pool:
         work = [jobs[number] for number in left]
         few = command.phase != "run" and pool is not None and len(work) < pool.room
+        few = few or choose(first) > 0  # what trains together shares one terminal
         found = _in_turn(work, pool) if pool is None or few else _side_by_side(work, pool)
     for number, code in zip(left, found, strict=True):
         codes[number] = code
     return codes
+
+
+@contextmanager
+def _opened(command: Command, engine: Engine, tree: Mapping[str, Any]) -> Iterator[Pool | None]:
+    """Where the command works: processes, or this one with runs that train together."""
+    from clbench.population.choice import choose
+
+    size = choose(tree)
+    if not size:
+        if tree["population"] == "auto" and command.phase != "run":
+            word = "population=auto: each run trains by itself here; workers=N makes N at once."
+            print(word, file=sys.stderr)
+        with engine.open(command.workers, str(tree["device"])) as pool:
+            yield pool
+        return
+    from clbench.population.pool import Population
+
+    with Population(size) as population:
+        yield population
+        print(f"population={size}: {population.said()}", file=sys.stderr)
 
 
 def _unfinished(jobs: Sequence[Job]) -> tuple[list[int], list[int]]:
@@ -435,8 +467,10 @@ def _cell(job: Job) -> Cell:
     from clbench.cells import Cell
     from clbench.conditions import Conditions
     from clbench.limits import Limits
+    from clbench.population.choice import choose
 
-    tree, command = job.tree, _command(job.tree)
+    command = _command(job.tree)
+    tree = {**job.tree, "population": choose(job.tree)}
     keys, limits = Conditions.__dataclass_fields__, Limits.__dataclass_fields__
     return Cell(
         composed=tree,

@@ -26,6 +26,8 @@ class Conditions:
         evaluate_batch_size: Samples predicted at once.
         cache_features: Make the features of a backbone that nothing changes once, keep them, and
             learn from them in place of images; see `clbench.features`.
+        population: Runs that train together, this one among them; 0: it trains by itself. See
+            `clbench.population`.
     """
 
     seed: int = 0
@@ -37,17 +39,19 @@ class Conditions:
     evaluate_samples: int = 1000
     evaluate_batch_size: int = 1000
     cache_features: bool = False
+    population: int = 0
 
     def __post_init__(self) -> None:
-        require(self, "seed", "threads", "evaluate_every", at_least=0)
+        require(self, "seed", "threads", "evaluate_every", "population", at_least=0)
         require(self, "evaluate_samples", "evaluate_batch_size", at_least=1)
 
     def identity(self) -> dict[str, Any]:
         """What decides the numbers, besides the seed."""
         content = asdict(self)
         del content["seed"], content["device"]
-        if not self.cache_features:  # so that runs from before there was a choice stay the same
-            del content["cache_features"]
+        for name in ("cache_features", "population"):
+            if not content[name]:  # so that runs from before there was a choice stay the same
+                del content[name]
         return {**content, "split": self.split.value}
 
 
@@ -102,4 +106,5 @@ def identify(
         "options": chosen,
         "data": data,
         "tuned": None if tuned is None else dict(tuned),
+        **({"population": conditions.population} if conditions.population else {}),
     }

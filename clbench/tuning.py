@@ -295,7 +295,9 @@ def _place(cell: Cell, budget: Budget, protocol: Protocol) -> tuple[Path, Study]
     """Where a study lies, and its beginning: both follow from what decides it."""
     planned = _at(cell, {}, Split.TUNE if protocol == "two_phase" else Split.EVALUATE, 0, None)
     scenario, strategy = planned.build()
-    run = identify(scenario, strategy, planned.conditions, planned.names)
+    # Whoever trained together learned the same: the study is found by those who do not.
+    conditions = replace(planned.conditions, population=0)
+    run = identify(scenario, strategy, conditions, planned.names)
     label = ".".join(filter(None, (run["strategy"], run["base"])))
     space = Space(cell.composed["strategy"]).texts
     spent = {k: v for k, v in asdict(budget).items() if k != "seeds" or protocol != "two_phase"}

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import random
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from suite import composed, configured
+from suite import Command, composed, configured
 from torch import Tensor, nn
 
 from clbench import protocol
@@ -437,3 +440,64 @@ def test_calls_within_transforms_and_on_inputs_with_gradients_are_left_alone() -
     torch.func.functional_call(
         Reads(), {f"inner.{name}": w for name, w in weights.items()}, (torch.ones(4, 3),)
     )
+
+
+SMALL = (
+    "scenario=digits",
+    "scenario.epochs=1",
+    "strategy=replay",
+    "budget=small",
+    "budget.trials=3",
+    "budget.tuning_seeds=1",
+    "budget.seeds=2",
+    "device=cpu",
+)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """What every run says, by what was asked of it."""
+    found = [json.loads(file.read_text()) for file in folder.glob("runs/*/result.json")]
+    return sorted(found, key=lambda r: json.dumps([r["run"]["options"], r["run"]["seed"]]))
+
+
+def test_trials_and_seeds_train_together(command: Command, work: Path) -> None:
+    done = command("phase=benchmark", *SMALL, "population=3", "results_dir=many")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"population=3: \d+% of \d+ calls of models were shared", done.stderr)
+    assert command("phase=benchmark", *SMALL, "results_dir=one").returncode == 0
+    many, one = rows(work / "many"), rows(work / "one")
+    assert len(many) == len(one) == 5
+    for mine, other in zip(many, one, strict=True):
+        assert mine["run"].pop("population") == 3
+        assert mine["run"]["run_id"] != other["run"]["run_id"]
+        assert mine["accuracy_matrix"] == other["accuracy_matrix"]
+    again = command("phase=evaluate", *SMALL, "population=3", "results_dir=many")
+    assert again.stderr.count("(was there)") == 2
+    single = command("phase=evaluate", *SMALL, "results_dir=many")
+    assert single.returncode == 0, "a study is found whatever the population"
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (("phase=run", "population=2"), "phase=tune|evaluate|benchmark"),
+        (("phase=tune", "population=2", "workers=2"), "Set population=0"),
+        (("phase=tune", "population=2", "timeout=9"), "Set population=0"),
+        (("phase=tune", "population=2", "tracker=tensorboard"), "Set population=0"),
+        (("phase=tune", "population=some"), "give a number of runs"),
+        (("phase=tune", "population=2", "strategy=gdumb"), "a loop of its own"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(
+    command: Command, options: tuple[str, ...], word: str
+) -> None:
+    done = command("scenario=digits", "device=cpu", *options)
+    assert done.returncode == 2
+    assert word in done.stderr
+
+
+def test_on_a_cpu_the_suite_chooses_processes_and_says_so(command: Command, work: Path) -> None:
+    done = command("phase=evaluate", "untuned=true", *SMALL, "population=auto")
+    assert done.returncode == 0, done.stderr
+    assert "population=auto: each run trains by itself here; workers=N" in done.stderr
+    assert all("population" not in found["run"] for found in rows(work / "results"))

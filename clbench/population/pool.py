@@ -47,6 +47,9 @@ class Population(Pool):
         self._skeletons = Skeletons()
         self._refused: set[Hashable] = set()
 
+    def __enter__(self) -> Population:
+        return self
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -54,6 +57,14 @@ class Population(Pool):
         traceback: TracebackType | None,
     ) -> None:
         self._skeletons = Skeletons()
+
+    def said(self) -> str:
+        """How much was done together, for people."""
+        calls = self.shared + self.alone
+        if not calls:
+            return "nothing was trained."
+        advice = "" if self.shared else " Set population=0; workers=N makes N runs at once."
+        return f"{self.shared / calls:.0%} of {calls:,} calls of models were shared.{advice}"
 
     @staticmethod
     def check(strategy: Strategy) -> None:
