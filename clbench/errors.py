@@ -15,6 +15,10 @@ class Busy(UserError):
     """Another process has what this one wants: a mistake that time mends."""
 
 
+class Submitted(Exception):
+    """Work is in a queue, and nobody waits for it: nothing is wrong, and nothing is there yet."""
+
+
 class Interrupted(BaseException):
     """A signal has asked a run to stop; what could be saved is. To be started again later.
 

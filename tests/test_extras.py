@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from clbench import huggingface, trackers, userspace
+from clbench.engines.ray import Ray
+from clbench.engines.slurm import Slurm
 from clbench.errors import UserError
 from clbench.nn.robustbench import RobustBench
 from clbench.results import RunFolder
@@ -36,6 +38,8 @@ OPTIONAL: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: huggingface.opened(str(folder), None, None),
         "clbench[huggingface]",
     ),
+    "ray": (lambda _: Ray().open(1, "cpu"), "clbench[ray]"),
+    "submitit": (lambda _: Slurm().open(1, "cpu"), "clbench[slurm]"),
     "robustbench": (lambda _: RobustBench().build((3, 32, 32)), "pip install robustbench"),
 }
 

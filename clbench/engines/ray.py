@@ -123,10 +123,20 @@ class Tasks(Pool):
                     pending[task.remote(parcel.path, parcel.content)] = number
                 if not pending:
                     return
-                (done, *_), _ = self._ray.wait(list(pending), num_returns=1)
+                done = self._first(list(pending))
                 yield pending.pop(done), self._answer(done)
         finally:
             self._stop(list(pending))
+
+    def _first(self, tasks: Sequence[Any]) -> Any:
+        """The first that is done."""
+        try:
+            (done, *_), _ = self._ray.wait(tasks, num_returns=1)
+        except SystemError as error:  # what Ray makes of what a handler of signals raises
+            if isinstance(error.__cause__, (Interrupted, KeyboardInterrupt)):
+                raise error.__cause__ from None
+            raise
+        return done
 
     def _answer(self, done: Any) -> Any:
         exceptions = self._ray.exceptions

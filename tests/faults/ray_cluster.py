@@ -35,8 +35,11 @@ class Cluster:
 def main() -> None:
     from ray import cluster_utils
 
-    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(int(sys.argv[1]))]
+    # Each node has an address of its own, so that a command joins the head, which stays.
+    head = {"num_cpus": 0}
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
+    count = int(sys.argv[1])
+    nodes = [cluster.add_node(num_cpus=1, node_ip_address=f"127.0.0.{2 + n}") for n in range(count)]
     cluster.wait_for_nodes()
     sys.stdout.write(f"{cluster.address}\n")
     sys.stdout.flush()

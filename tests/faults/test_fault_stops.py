@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import toy_runs
 from toy_runs import REPLAY, numbers, planned, started, stepped, wait_for
 
 from clbench.cells import execute
+from clbench.errors import UserError
 from clbench.interruption import GRACE
 from clbench.limits import Limits
 from clbench.results import find, read
@@ -53,7 +55,6 @@ def test_fault_10_preempted_by_a_scheduler(tmp_path: Path) -> None:
     """A job of higher priority in one-node SLURM | The run is requeued and resumed."""
     import shutil
     import subprocess
-    import time
 
     if not (shutil.which("sbatch") and shutil.which("scontrol")):
         pytest.skip("SLURM is not installed")
@@ -154,9 +155,24 @@ def test_a_run_that_timed_out_goes_on_with_more_time(tmp_path: Path) -> None:
     assert numbers(ended) == numbers(execute(planned(tmp_path / "whole")))
 
 
-@pytest.mark.skip(reason="the suite has no Ray engine: nothing reads RAY_ADDRESS")
-def test_fault_30_a_dead_address() -> None:
-    """A dead RAY_ADDRESS | It fails within 15 s, with advice."""
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "auto"])
+def test_fault_30_a_dead_address(
+    address: str, alone: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dead RAY_ADDRESS, given or found | It fails within 15 s, with advice."""
+    from clbench.engines.ray import Ray
+
+    stale = Path(alone["RAY_TMPDIR"]) / "ray" / "ray_current_cluster"
+    stale.parent.mkdir()
+    stale.write_text("127.0.0.1:9")
+    for name in ("HOME", "RAY_TMPDIR", "RAY_USAGE_STATS_ENABLED"):
+        monkeypatch.setenv(name, alone[name])
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"No Ray cluster answers at 127\.0\.0\.1:9: ") as refusal:
+        Ray().open(1, "cpu")
+    assert time.monotonic() - began < 15
+    assert "unset that to use this machine alone" in str(refusal.value)
 
 
 def test_signals_do_what_they_did_when_the_run_is_over(tmp_path: Path) -> None:
