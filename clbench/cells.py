@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from clbench.conditions import Conditions, Names, identify
 from clbench.engines.pool import Died
 from clbench.errors import UserError
 from clbench.limits import Limits
+from clbench.population.companion import present
 from clbench.population.pool import Population
 from clbench.progress import Progress, Silent
 from clbench.results import Result, RunFolder
@@ -132,14 +133,24 @@ def perform(
     """`execute` for a cell whose parts are built."""
     identity = identify(scenario, strategy, cell.conditions, cell.names, cell.tuned)
     folder = RunFolder(cell.results_dir, identity["run_id"])
-    tracker = trackers.guarded(cell.tracker, folder)
-    with folder.claim():
-        earlier = folder.result()
-        if earlier and cell.accepts(earlier):
-            return Ended(earlier, folder, earlier=True)
-        if cell.force or (earlier and not _has_more_time(earlier, cell.limits)):
-            folder.clear()
-        folder.write_config(OmegaConf.to_yaml(OmegaConf.create(dict(cell.composed))))
+    companion = present()
+    tracker = trackers.guarded(cell.tracker if companion.leads else "none", folder)
+    with ExitStack() as claim:
+
+        def earlier() -> Result | None:
+            """A result that will do; else the folder is made ready for another."""
+            claim.enter_context(folder.claim())
+            found = folder.result()
+            if found and cell.accepts(found):
+                return found
+            if cell.force or (found and not _has_more_time(found, cell.limits)):
+                folder.clear()
+            folder.write_config(OmegaConf.to_yaml(OmegaConf.create(dict(cell.composed))))
+            return None
+
+        there = companion.told(earlier)
+        if there:
+            return Ended(there, folder, earlier=True)
         try:
             with progress() if progress else nullcontext(Silent()) as told:
                 result = protocol.run(
@@ -148,14 +159,15 @@ def perform(
                     cell.conditions,
                     names=cell.names,
                     tuned=cell.tuned,
-                    folder=folder,
+                    folder=folder if companion.leads else None,
                     progress=told,
                     tracker=tracker,
                     limits=cell.limits,
                     cache_dir=cache_dir(cell.composed),
                 )
         except UserError:
-            folder.forget_if_unused()
+            if companion.leads:
+                folder.forget_if_unused()
             raise
     return Ended(result, folder, earlier=False)
 

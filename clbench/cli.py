@@ -34,6 +34,7 @@ from clbench import interruption, launching, userspace
 from clbench.composing import GROUPS, explained, searched
 from clbench.discretion import refuse_environment
 from clbench.errors import Busy, Interrupted, Submitted, UserError, did_you_mean
+from clbench.processes import launched
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -87,7 +88,10 @@ def main() -> int:
         with interruption.at_once():
             return _guarded(composed)
     except Interrupted as signal:
-        print(f"Interrupted ({signal}). The same command continues.", file=sys.stderr)
+        print(
+            f"{launched.speaker()}Interrupted ({signal}). The same command continues.",
+            file=sys.stderr,
+        )
         return LATER
     except KeyboardInterrupt:
         print("Interrupted. The same command continues from the last experience.", file=sys.stderr)
@@ -114,7 +118,7 @@ def _guarded(action: Callable[[], int]) -> int:
         if "Config group override" not in str(error):
             raise
         message = "A group (scenario, strategy, backbone) needs the name of one of its choices."
-    print(f"error: {message}", file=sys.stderr)
+    print(f"{launched.speaker()}error: {message}", file=sys.stderr)
     return MISTAKE
 
 
@@ -162,6 +166,7 @@ def _single(cfg: DictConfig) -> int:
     from clbench.planning import Job  # it needs torch, which nobody waits for with a wrong option
 
     job, engine = Job(tree, _names()), _engine(tree)
+    launched.refuse(command.phase, alone=command.workers == 1)
     if command.phase == "report":
         return _job(job, None)
     with _opened(command, engine, tree) as pool:
@@ -181,6 +186,7 @@ def _sweep(jobs: Sequence[Job]) -> list[int]:
 
     first = jobs[0].tree
     command, engine = _command(first), _engine(first)
+    launched.refuse(command.phase, alone=False)
     codes, left = _unfinished(jobs)
     if not left:
         return codes
@@ -370,10 +376,25 @@ def _run(command: Command, job: Job, pool: Pool | None) -> int:  # noqa: ARG001
 
     cell = _cell(job)
     title = cell.names, cell.conditions.seed
-    ended = execute(cell, lambda: _progress(*title, command.progress))
+    shown = command.progress and not launched.number()
+    with _peers(cell):
+        ended = execute(cell, lambda: _progress(*title, shown))
+    if launched.number():
+        return 0 if ended.result.status == "complete" else INCOMPLETE
     if ended.earlier:
         print("This run is there already; force=true repeats it.", file=sys.stderr)
     return _show(ended.result, ended.folder)
+
+
+def _peers(cell: Cell) -> AbstractContextManager[Any]:
+    """The other processes of the run, where a launcher has started several."""
+    if launched.count() == 1:
+        return nullcontext()
+    from clbench import machine
+    from clbench.processes.group import Group
+    from clbench.processes.peers import together
+
+    return together(Group.gathering(machine.choose_device(cell.conditions.device)))
 
 
 def _tune(command: Command, job: Job, pool: Pool | None) -> int:

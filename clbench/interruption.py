@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -23,37 +23,47 @@ class Stop:
 
     Attributes:
         saves: There is something that a safe point could save; before, a signal ends it at once.
+
+    Args:
+        agree: The largest code of all processes of the run.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, agree: Callable[[int], int] = int) -> None:
         self.saves = False
+        self._agree, self._agreed = agree, 0
         self._owner = os.getpid()
         self._signal: int | None = None
         self._expired = False
 
     @property
     def asked(self) -> bool:
-        """It should stop at the next safe point."""
-        return self._signal is not None or self._expired
+        """It should stop at the next safe point; all processes of the run ask at the same time."""
+        own = int(self._expired) if self._signal is None else 1 + self._signal
+        self._agreed = self._agree(own)
+        return self._agreed > 0
+
+    def heed(self) -> None:
+        """`obey` whatever is asked now."""
+        if self.asked:
+            self.obey()
 
     def obey(self) -> None:
-        """Leaves, if the run was asked to.
+        """Leaves, if the run was asked to when `asked` was last looked at.
 
         Raises:
             KeyboardInterrupt: After Ctrl-C.
             Interrupted: After another signal.
             TimedOut: When the time is up.
         """
-        self.obey_signal()
-        if self._expired:
+        if self._agreed > 1:
+            _leave(self._agreed - 1)
+        if self._agreed:
             raise TimedOut
 
     def obey_signal(self) -> None:
-        """`obey`, whatever the clock says."""
-        if self._signal == signal.SIGINT:
-            raise KeyboardInterrupt
+        """Leaves after a signal, at once, whatever the clock and other processes say."""
         if self._signal is not None:
-            raise Interrupted(signal.Signals(self._signal).name)
+            _leave(self._signal)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """The handler: sets the flag, and no more."""
@@ -84,14 +94,21 @@ class Stop:
             signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), GRACE)
 
 
+def _leave(number: int) -> None:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise Interrupted(signal.Signals(number).name)
+
+
 @contextmanager
-def watched(signals: bool) -> Iterator[Stop]:
+def watched(signals: bool, agree: Callable[[int], int] = int) -> Iterator[Stop]:
     """Signals and clock of a run, in the block; outside, they do what they did before.
 
     Args:
         signals: Flags for signals too; without a place to save to, they are better obeyed.
+        agree: See `Stop`.
     """
-    stop = Stop()
+    stop = Stop(agree)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

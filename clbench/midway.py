@@ -76,9 +76,12 @@ class Midway:
                 self._steps += 1
                 return False
             self._go_on(self._pending)
-        elif self.stop.asked or self._due():
-            self._keep()
-            self.stop.obey()
+        else:
+            asked = self.stop.asked
+            if asked or self._due():
+                self._keep()
+            if asked:
+                self.stop.obey()
         self._steps += 1
         return True
 
@@ -119,8 +122,8 @@ class Midway:
         self.log(f"resumed within experience {self._experience + 1} after {self._steps} steps")
 
     def _give_up(self, reason: str) -> None:
-        assert self.folder is not None
-        checkpoint.discard(self.folder)
+        if self.folder is not None:
+            checkpoint.discard(self.folder)
         raise UserError(
             f"The run can't go on from within experience {self._experience + 1}: {reason}. What "
             f"was saved there ({self.folder}) is removed; the same command goes on from the "

@@ -68,7 +68,9 @@ def run(
     result = Result(run=identify(scenario, strategy, conditions, names, tuned))
     tracker, limits = tracker or Untracked(), limits or Limits()
     progress = progress or Silent()
-    with interruption.watched(signals=folder is not None) as stop:
+    companion = present()
+    kept = companion.told(lambda: folder is not None)
+    with interruption.watched(kept, companion.agree) as stop:
         loop = _Loop(
             scenario,
             strategy,
@@ -186,7 +188,7 @@ class _Loop:
                 self.companion.compare(model)
                 if experience.index + 1 < len(self.stream.experiences):
                     self.saving.after(experience)
-                self.stop.obey()
+                self.stop.heed()
         self._conclude(model)
 
     def _describe(self, model: torch.nn.Module) -> int:
@@ -244,6 +246,7 @@ class _Loop:
             self.folder,
             self.limits,
             self.stop,
+            self.companion,
         )
         self.scoring.look(model)
         with machine.isolated_rng(self.conditions.seed, "setup"):
@@ -312,8 +315,8 @@ class _Loop:
         self.account.step += 1
         self.account.costs["train_samples"] += samples
         self.progress.advance(samples)
-        if self.saving.folder is None:
-            self.stop.obey()  # waiting longer would save nothing
+        if not self.saving.keeps:
+            self.stop.heed()  # waiting longer would save nothing
         every = self.conditions.evaluate_every
         if every and self.account.step % every == 0:
             with self.account.apart():

@@ -12,6 +12,7 @@ from clbench.account import Account
 from clbench.interruption import Stop
 from clbench.limits import Limits
 from clbench.midway import Midway
+from clbench.population.companion import Companion
 from clbench.results import Result, RunFolder
 from clbench.scoring import Scoring
 from clbench.state import capture, restore
@@ -30,8 +31,10 @@ class Saving:
         folder: Where it is saved; None: nowhere.
         limits: How often within an experience.
         stop: Whether the run should stop.
+        companion: The processes of the run, of which the one that leads has the folder.
 
     Attributes:
+        keeps: The run is saved, by one of its processes.
         midway: Safe points within one experience after another.
     """
 
@@ -45,10 +48,13 @@ class Saving:
         folder: RunFolder | None,
         limits: Limits,
         stop: Stop,
+        companion: Companion,
     ) -> None:
         self.strategy, self.context, self.result = strategy, context, result
         self.scoring, self.account = scoring, account
         self.folder = folder if strategy.resumable else None
+        self.companion = companion
+        self.keeps = companion.told(lambda: self.folder is not None)
         self._pending: dict[str, Any] | None = None
         self.midway = Midway(
             self.folder.within if self.folder else None,
@@ -66,24 +72,34 @@ class Saving:
         Raises:
             UserError: If another run left what is saved there.
         """
-        if self.folder is None:
+        if not self.keeps:
             return 0
-        device = self.context.device
-        saved = checkpoint.load_for(self.result.run, self.folder.checkpoint, device)
-        self._pending = checkpoint.load_for(self.result.run, self.folder.within, device)
-        for found, place in ((saved, self.folder.checkpoint), (self._pending, self.folder.within)):
-            if found is None and checkpoint.remains(place):
-                self.folder.log(f"the checkpoint in {place.name} is damaged, and not used")
+        saved, self._pending = self.companion.told(self._load)
         newest = self._pending or saved
         if newest is not None:
-            self._same_machine(self.folder, newest)
+            self._same_machine(newest)
         if saved is None:
             return 0
         self.scoring.load_state_dict(saved)
         restore(self.strategy, saved["strategy"])
         self._put_back(saved)
-        self.folder.log(f"resumed after experience {saved['next']}")
+        self._log(f"resumed after experience {saved['next']}")
         return int(saved["next"])
+
+    def _load(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """What was saved between experiences, and within one."""
+        assert self.folder is not None
+        device = self.context.device
+        saved = checkpoint.load_for(self.result.run, self.folder.checkpoint, device)
+        pending = checkpoint.load_for(self.result.run, self.folder.within, device)
+        for found, place in ((saved, self.folder.checkpoint), (pending, self.folder.within)):
+            if found is None and checkpoint.remains(place):
+                self._log(f"the checkpoint in {place.name} is damaged, and not used")
+        return saved, pending
+
+    def _log(self, line: str) -> None:
+        if self.folder is not None:
+            self.folder.log(line)
 
     def enter(self, experience: Experience) -> None:
         """An experience begins; within it, perhaps, the run goes on."""
@@ -145,7 +161,7 @@ class Saving:
         self._put_back(saved)
         self.account.go_on()
 
-    def _same_machine(self, folder: RunFolder, saved: Mapping[str, Any]) -> None:
+    def _same_machine(self, saved: Mapping[str, Any]) -> None:
         """As many threads as before, which decide bits; says what else is not as before."""
         self.account.resume(saved.get("elapsed", 0.0))
         before, now = saved.get("environment", {}), self.result.environment
@@ -153,4 +169,4 @@ class Saving:
         now["threads"] = saved["threads"]
         changed = [f"{k} {before[k]} -> {now.get(k)}" for k in before if before[k] != now.get(k)]
         if changed:
-            folder.log(f"resumed on another machine or version: {', '.join(changed)}")
+            self._log(f"resumed on another machine or version: {', '.join(changed)}")

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from clbench.errors import Interrupted, UserError
+from clbench.processes.launched import count, number
 
 Found = TypeVar("Found")
 
@@ -22,17 +23,6 @@ Found = TypeVar("Found")
 _SET = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: Numbers that are reduced at once: what is copied for that stays small beside a large model.
 _BUCKET = 1 << 25
-
-
-def count() -> int:
-    """How many processes a launcher has started for this run; 1: there was none."""
-    number = os.environ.get("WORLD_SIZE", "1")
-    return int(number) if number.isdecimal() and "RANK" in os.environ else 1
-
-
-def number() -> int:
-    """Which of them this is, from 0; the first one leads."""
-    return int(os.environ["RANK"]) if count() > 1 else 0
 
 
 class Group:
