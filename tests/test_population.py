@@ -61,9 +61,9 @@ def suited(name: str) -> Strategy:
     return build(composed(f"strategy={name}")["strategy"], Strategy, "strategy")
 
 
-def learn(plan: Plan, number: int) -> Learned:
+def learn(plan: Plan, number: int, device: Any = "cpu") -> Learned:
     strategy, scenario = plan(number)
-    conditions = Conditions(seed=number, device="cpu", threads=1)
+    conditions = Conditions(seed=number, device=device, threads=1)
     result = protocol.run(scenario, strategy, conditions)
     model: nn.Module = strategy.model  # type: ignore[attr-defined]
     return Learned(result, {k: v.detach().clone() for k, v in model.state_dict().items()})
@@ -160,6 +160,20 @@ def test_batch_norms_keep_statistics_of_their_own() -> None:
     names = [name for name in found[0].state if name.endswith("running_var")]
     assert names
     assert all(not torch.equal(found[0].state[name], found[1].state[name]) for name in names)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+def test_on_a_gpu_runs_learn_what_they_learn_alone() -> None:
+    def work(number: int) -> Learned:
+        backbone = ConvNet(widths=(4, 8))
+        return learn(lambda i: (DERpp(lr=0.05 * (i + 1)), toy(backbone)), number, "cuda")
+
+    with Population(3) as pool:
+        found = [one for one in pool.map(work, range(3)) if isinstance(one, Learned)]
+    assert pool.shared
+    for one, other in zip(found, map(work, range(3)), strict=True):
+        assert difference(one, other) <= TOLERANCE
 
 
 def test_steps_that_fit_no_other_run_are_taken_alone() -> None:
