@@ -166,7 +166,8 @@ def _single(cfg: DictConfig) -> int:
     from clbench.planning import Job  # it needs torch, which nobody waits for with a wrong option
 
     job, engine = Job(tree, _names()), _engine(tree)
-    launched.refuse(command.phase, alone=command.workers == 1)
+    here = str(tree["engine"]["_target_"]).endswith(".Local")
+    launched.refuse(command.phase, alone=here and command.workers == 1)
     if command.phase == "report":
         return _job(job, None)
     with _opened(command, engine, tree) as pool:

@@ -69,6 +69,7 @@ def run(
     tracker, limits = tracker or Untracked(), limits or Limits()
     progress = progress or Silent()
     companion = present()
+    companion.check(scenario)
     kept = companion.told(lambda: folder is not None)
     with interruption.watched(kept, companion.agree) as stop:
         loop = _Loop(

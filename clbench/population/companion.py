@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from clbench.types import Differentiation
+from clbench.types import Differentiation, Scenario
 
 Found = TypeVar("Found")
 
@@ -35,6 +35,13 @@ class Companion(Differentiation):
 
         Args:
             model: Changed in place; copies that are made of it later are shared too.
+        """
+
+    def check(self, scenario: Scenario) -> None:
+        """Refuses what can't be done together.
+
+        Raises:
+            UserError: With what works.
         """
 
     def clock(self) -> float:

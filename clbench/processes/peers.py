@@ -9,10 +9,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from clbench.errors import UserError
 from clbench.nn.heads import Classifier
 from clbench.population.companion import Companion, introduce
 from clbench.processes.group import Group
 from clbench.processes.rows import Division, Forward
+from clbench.types import Scenario, Setting
 
 Found = TypeVar("Found")
 
@@ -36,6 +38,13 @@ class Peers(Companion):
         for entry in [model, model.features] if isinstance(model, Classifier) else [model]:
             entry.forward = Forward(self._division, entry)
         self.compare(model)
+
+    def check(self, scenario: Scenario) -> None:
+        if scenario.setting is Setting.TEST_TIME_ADAPTATION:
+            raise UserError(
+                "Test-time adaptation looks at the statistics of whole batches, so several "
+                "processes can't share them out. Use one process."
+            )
 
     def told(self, find: Callable[[], Found]) -> Found:
         return self.group.told(find)

@@ -254,8 +254,9 @@ def _foreign(outputs: Tensor) -> bool:
         if node is None or node in met:
             continue
         met.add(node)
-        if node.name() == "struct torch::autograd::AccumulateGrad":
+        kind = type(node).__name__
+        if kind == "AccumulateGrad":
             return True
-        if node.name() != f"{_Enter.__name__}Backward":
+        if kind != f"{_Enter.__name__}Backward":
             left += [following for following, _ in node.next_functions]
     return False
