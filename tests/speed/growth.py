@@ -31,7 +31,7 @@ from clbench.types import Scenario
 
 HERE = Path(__file__).resolve()
 SIZES: Mapping[str, Sequence[int]] = {
-    "experiences": (10, 100, 1000),
+    "experiences": (10, 30, 100, 300, 1000),
     "samples": (1_000, 10_000, 100_000, 1_000_000),
     "run folders": (10, 100, 1_000, 10_000),
 }
