@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,19 +73,8 @@ def run(
     companion.check(scenario)
     kept = companion.told(lambda: folder is not None)
     with interruption.watched(kept, companion.agree) as stop:
-        loop = _Loop(
-            scenario,
-            strategy,
-            conditions,
-            result,
-            folder,
-            progress,
-            tracker,
-            limits,
-            stop,
-            cache_dir,
-        )
-        _attempt(loop, limits)
+        seams = folder, progress, tracker, limits, stop, cache_dir
+        _attempt(_Loop(scenario, strategy, conditions, result, *seams))
         if folder:
             folder.write_result(result)
             folder.log(f"{result.status}" + (f": {result.reason}" if result.reason else ""))
@@ -96,13 +86,13 @@ def run(
     return result
 
 
-def _attempt(loop: _Loop, limits: Limits) -> None:
+def _attempt(loop: _Loop) -> None:
     """Runs the loop; what ends it before its end is the result's status and reason.
 
     Raises:
         Exception: Whatever else a strategy raises, when it is written down.
     """
-    result = loop.result
+    result, limits = loop.result, loop.limits
     try:
         with no_orphans():
             loop.run()
@@ -131,26 +121,23 @@ def _attempt(loop: _Loop, limits: Limits) -> None:
     result.metrics, result.task_aware_metrics = {}, {}
 
 
+@dataclass
 class _Loop:
     """The state of one run in progress."""
 
-    def __init__(
-        self,
-        scenario: Scenario,
-        strategy: Strategy,
-        conditions: Conditions,
-        result: Result,
-        folder: RunFolder | None,
-        progress: Progress,
-        tracker: Tracker,
-        limits: Limits,
-        stop: Stop,
-        cache_dir: Path | None,
-    ) -> None:
-        self.scenario, self.strategy, self.conditions = scenario, strategy, conditions
-        self.result, self.folder, self.progress, self.tracker = result, folder, progress, tracker
-        self.limits, self.stop, self.cache_dir = limits, stop, cache_dir
-        self.device = machine.choose_device(conditions.device)
+    scenario: Scenario
+    strategy: Strategy
+    conditions: Conditions
+    result: Result
+    folder: RunFolder | None
+    progress: Progress
+    tracker: Tracker
+    limits: Limits
+    stop: Stop
+    cache_dir: Path | None
+
+    def __post_init__(self) -> None:
+        self.device = machine.choose_device(self.conditions.device)
         self.companion = present()
         self.account = Account(self.device, self.companion.clock)
 

@@ -166,7 +166,8 @@ def test_a_strategy_documents_itself_and_each_of_its_options(name: str) -> None:
 
 def test_every_option_of_config_yaml_has_a_default_and_is_read() -> None:
     tree = composed()
-    from clbench.cli import GROUPS, Command
+    from clbench.commands.phases import Command
+    from clbench.composing import GROUPS
     from clbench.conditions import Conditions
     from clbench.limits import Limits
 

@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
-from types import TracebackType
 from typing import Any
 
 from clbench.engines.pool import PATIENCE, Answer, Died, Engine, Item, Pool, Raised, attempted
@@ -58,12 +57,7 @@ class Workers(Pool):
         self._idle: list[_Worker] = []
         self._busy: dict[_Worker, int] = {}
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._end([*self._idle, *self._busy])
         self._idle, self._busy = [], {}
 

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from clbench.errors import UserError
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
+Opened = TypeVar("Opened", bound="Pool")
 
 #: Seconds that work gets to save what it is at, when it is to stop.
 PATIENCE = 30.0
@@ -87,16 +87,15 @@ class Pool(ABC):
                         raise found.error
                     yield found
 
-    def __enter__(self) -> Pool:
+    @abstractmethod
+    def close(self) -> None:
+        """Gives back what it holds; what is under way has ended with the iterator over it."""
+
+    def __enter__(self: Opened) -> Opened:
         return self
 
-    @abstractmethod
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from clbench.engines.pool import (
@@ -93,12 +92,7 @@ class Tasks(Pool):
             self.room = max(1, min(self.room, int(there.get("GPU", 0) / gpus)))
         self._gpus = gpus
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         if self._own:
             self._ray.shutdown()
 

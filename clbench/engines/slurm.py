@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 from clbench.engines.pool import (
@@ -101,12 +100,7 @@ class Jobs(Pool):
         }
         self._executor.update_parameters(**{k: v for k, v in chosen.items() if v is not None})
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Jobs end by themselves, or with the iterator over their answers."""
 
     def answers(

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -47,15 +46,7 @@ class Population(Pool):
         self._skeletons = Skeletons()
         self._refused: set[Hashable] = set()
 
-    def __enter__(self) -> Population:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._skeletons = Skeletons()
 
     def said(self) -> str:

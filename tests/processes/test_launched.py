@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from clbench.cli import LATER, MISTAKE
+from clbench.commands.exits import LATER, MISTAKE
 from clbench.processes import launched
 
 RUN = ("scenario=digits", "strategy=replay", "scenario.epochs=1", "device=cpu", "threads=1")

@@ -21,8 +21,10 @@ from hydra import initialize_config_dir  # noqa: E402
 from hydra.core.global_hydra import GlobalHydra  # noqa: E402
 from hydra.types import RunMode  # noqa: E402
 
-from clbench import cli, userspace  # noqa: E402
+from clbench import userspace  # noqa: E402
 from clbench.cells import execute  # noqa: E402
+from clbench.commands.phases import cell_of  # noqa: E402
+from clbench.commands.sweeping import unfinished  # noqa: E402
 from clbench.planning import Composer, Job  # noqa: E402
 from clbench.results import RunFolder, with_seed  # noqa: E402
 
@@ -34,7 +36,7 @@ SAMPLE = 20
 
 def there(job: Job) -> None:
     """A result for every second seed of a job's run: copies of one."""
-    ended = execute(cli._cell(job))
+    ended = execute(cell_of(job))
     text = ended.folder.result_file.read_text()
     first = ended.folder.path.name
     for seed in range(2, SEEDS, 2):
@@ -72,7 +74,7 @@ def report(loader: object, master: object, sweep: Sequence[Sequence[str]]) -> No
     jobs = [composer.job(overrides) for overrides in sweep]
     composed = time.perf_counter() - began
     with redirect_stderr(StringIO()):
-        _, left = cli._unfinished(jobs)
+        _, left = unfinished(jobs)
     whole = time.perf_counter() - began
     print(
         f"{len(sweep)} runs, {len(sweep) - len(left)} there: {composed:.1f} s to compose, "
