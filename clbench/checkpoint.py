@@ -29,9 +29,9 @@ def save(folder: Path, content: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     data = buffer.getvalue()
-    name = f"{hashlib.sha256(data).hexdigest()[:16]}.{_STATE}"
-    write_atomically(folder / name, data)
     digest = hashlib.sha256(data).hexdigest()
+    name = f"{digest[:16]}.{_STATE}"
+    write_atomically(folder / name, data)
     if _read(folder / name, digest, torch.device("cpu")) is None:
         raise UserError(
             f"Can't write {folder / name}: what was written does not come back. Check the disk, "

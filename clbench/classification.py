@@ -104,21 +104,17 @@ class Classification(Objective):
         batch_size: int,
     ) -> dict[str, list[float]]:
         device = tests[0].index.device
-        seen = {c for e in experiences for c in e.classes}
-        rules = {"accuracy": [seen] * len(tests)}
+        rules = {"accuracy": _columns([[c for e in experiences for c in e.classes]], device)}
         if self.task_aware:
-            rules["task_aware_accuracy"] = [set(e.classes) for e in experiences]
+            rules["task_aware_accuracy"] = _columns([e.classes for e in experiences], device)
         right = {name: torch.zeros(len(tests), device=device) for name in rules}
         finite = torch.ones((), dtype=torch.bool, device=device)
-        barred: dict[str, Tensor] = {}
         for owner, batch in _owned_batches(tests, batch_size):
             outputs = predict(batch.unlabelled())
-            finite &= outputs.isfinite().all()
-            if not barred:
-                barred = {n: _barred(sets, outputs) for n, sets in rules.items()}
-            for name, mask in barred.items():
-                answers = outputs.masked_fill(mask[owner], -torch.inf).argmax(1)
-                right[name].index_add_(0, owner, (answers == batch.targets).float())
+            finite &= torch.stack(outputs.aminmax()).isfinite().all()  # one pass, nothing written
+            for name, columns in rules.items():
+                answered = _answers(outputs, columns, owner) == batch.targets
+                right[name].index_add_(0, owner, answered.float())
         if not finite:
             raise Diverged("an output of the model is not finite")
         sizes = torch.tensor([len(t) for t in tests], device=device)
@@ -141,12 +137,23 @@ def _owned_batches(tests: Sequence[Samples], batch_size: int) -> Iterator[tuple[
         )
 
 
-def _barred(allowed: Sequence[set[int]], outputs: Tensor) -> Tensor:
-    """[T, n_outputs] bool: which outputs may not compete in each test."""
-    mask = torch.ones(len(allowed), outputs.shape[1], dtype=torch.bool)
-    for row, classes in enumerate(allowed):
-        mask[row, list(classes)] = False
-    return mask.to(outputs.device)
+def _columns(competing: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """The classes that compete, in order: [1, C] in every test, or [T, C] in each.
+
+    Where a test has fewer than another, its first one fills the row and decides nothing.
+    """
+    rows = [sorted(set(classes)) or [0] for classes in competing]
+    width = max(map(len, rows))
+    return torch.tensor([row + row[:1] * (width - len(row)) for row in rows], device=device)
+
+
+def _answers(outputs: Tensor, columns: Tensor, owner: Tensor) -> Tensor:
+    """The best of the classes that compete, [B]; only their outputs are looked at."""
+    if len(columns) == 1:
+        return columns[0, outputs.index_select(1, columns[0]).argmax(1)]
+    mine = columns[owner]
+    best = outputs.gather(1, mine).argmax(1, keepdim=True)
+    return mine.gather(1, best).squeeze(1)
 
 
 @dataclass(kw_only=True)

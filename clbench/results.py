@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +83,7 @@ class Result:
 
         A matrix is written one row to a line, so that a person can read it.
         """
-        content = {"schema": self.schema, "status": self.status, **asdict(self)}
+        content = {"schema": self.schema, "status": self.status, **vars(self)}
         text = json.dumps(content, indent=1, allow_nan=False)
         rows = re.compile(r"\[\n\s*((?:-?[\d.eE+-]+|null)(?:,\s+(?:-?[\d.eE+-]+|null))*)\s+\]")
         return rows.sub(lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text) + "\n"
@@ -286,7 +286,8 @@ def read(root: str | Path = "results") -> pd.DataFrame:
 
     Returns:
         Columns: run_id, status, scenario, strategy, base, setting, split, seed, precision;
-        `cache_features`, where any run learned from kept features;
+        `cache_features`, where any run learned from kept features, and `compile`, where any
+        was compiled;
         `tuned`, the protocol under which hyper-parameters were chosen, `study`, where, and
         "budget.<name>", what that search was allowed; `pretrained`, whether the model began
         trained; `benchmark`, the version of the suite's numbers; every metric; every cost;
@@ -341,7 +342,7 @@ def _ended(path: Path, result: Result) -> dict[str, Any]:
     tuned = dict(run.get("tuned") or {})
     known = (
         *("scenario", "strategy", "base", "setting", "split", "seed"),
-        *("precision", "cache_features"),
+        *("precision", "cache_features", "compile"),
     )
     identity = {
         "run_id": run.get("run_id", path.name),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from array import array
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -49,6 +52,7 @@ class Scoring:
         self.stream, self.strategy, self.context = stream, strategy, context
         self.conditions, self.result, self.account = conditions, result, account
         self.online = Online(stream, strategy, context) if stream.arrivals else None
+        self._packed: defaultdict[str, PackedRows] = defaultdict(PackedRows)
         self.retention: Retention | None = None
         if self.online is None and stream.source_test is not None:
             self.retention = Retention(stream, context, conditions.evaluate_batch_size)
@@ -123,18 +127,23 @@ class Scoring:
 
     def state_dict(self) -> dict[str, Any]:
         """The rows so far, as tensors: of a thousand experiences they are a million numbers."""
+        result = self.result
         return {
-            "accuracy_matrix": _packed(self.result.accuracy_matrix),
-            "task_aware_accuracy_matrix": _packed(self.result.task_aware_accuracy_matrix),
-            "scores": {name: _packed(matrix) for name, matrix in self.result.scores.items()},
+            "accuracy_matrix": self._packed["accuracy"](result.accuracy_matrix),
+            "task_aware_accuracy_matrix": self._packed["task_aware_accuracy"](
+                result.task_aware_accuracy_matrix
+            ),
+            "scores": {name: self._packed[name](matrix) for name, matrix in result.scores.items()},
             "retention": self.retention.record() if self.retention else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Puts `state_dict` back."""
-        self.result.accuracy_matrix = _unpacked(state["accuracy_matrix"])
-        self.result.task_aware_accuracy_matrix = _unpacked(state["task_aware_accuracy_matrix"])
-        self.result.scores = {name: _unpacked(found) for name, found in state["scores"].items()}
+        width = len(self.stream.tests)
+        self.result.accuracy_matrix = unpacked(state["accuracy_matrix"], width)
+        aware = state["task_aware_accuracy_matrix"]
+        self.result.task_aware_accuracy_matrix = unpacked(aware, width)
+        self.result.scores = {n: unpacked(found, width) for n, found in state["scores"].items()}
         if self.retention:
             self.retention.load_record(state["retention"])
 
@@ -179,11 +188,28 @@ def _require_finite(numbers: Mapping[str, Any]) -> None:
                 raise Diverged(f"{name} is {value}")
 
 
-def _packed(matrix: Matrix) -> Tensor:
-    """The same numbers, [rows, columns]; NaN where there is none."""
-    known = [[math.nan if value is None else value for value in row] for row in matrix]
-    return torch.tensor(known, dtype=torch.float64)
+class PackedRows:
+    """A matrix as tensors; each of its rows is converted once, up to its last number."""
+
+    def __init__(self) -> None:
+        self._numbers = array("d")
+        self._lengths: list[int] = []
+
+    def __call__(self, matrix: Matrix) -> dict[str, Tensor]:
+        """The numbers of all rows, NaN where there is none, and how many are in each."""
+        for row in matrix[len(self._lengths) :]:
+            known = [i for i, value in enumerate(row) if value is not None]
+            length = known[-1] + 1 if known else 0
+            self._numbers.extend(math.nan if value is None else value for value in row[:length])
+            self._lengths.append(length)
+        numbers = torch.from_numpy(np.array(self._numbers))
+        return {"numbers": numbers, "lengths": torch.tensor(self._lengths, dtype=torch.int64)}
 
 
-def _unpacked(found: Tensor) -> Matrix:
-    return [[None if math.isnan(value) else value for value in row] for row in found.tolist()]
+def unpacked(found: Mapping[str, Tensor], width: int) -> Matrix:
+    """Rows of so many columns."""
+    rows = [row.tolist() for row in found["numbers"].split(found["lengths"].tolist())]
+    return [
+        [*(None if math.isnan(value) else value for value in row), *[None] * (width - len(row))]
+        for row in rows
+    ]

@@ -72,6 +72,14 @@ def test_classes_that_have_not_arrived_do_not_compete() -> None:
     assert scores == {"accuracy": [1.0], "task_aware_accuracy": [1.0]}
 
 
+def test_experiences_may_have_different_numbers_of_classes() -> None:
+    scores = Classification(task_aware=True).score(
+        answers(OUTPUTS), selections([0], [1, 2, 3]), experiences((0,), (3, 1, 2)), 3
+    )
+    assert scores["accuracy"] == pytest.approx([0, 0])
+    assert scores["task_aware_accuracy"] == pytest.approx([1, 1 / 3])
+
+
 def test_without_classes_of_their_own_there_is_one_score() -> None:
     scores = Classification(task_aware=False).score(
         answers(OUTPUTS), selections(*TESTS), experiences((0, 1, 2, 3), (0, 1, 2, 3)), 10
