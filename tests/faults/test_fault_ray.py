@@ -93,3 +93,14 @@ def test_a_cluster_with_a_token(cluster: Cluster, work: Path) -> None:
     assert sorted(evaluated["strategy"]) == ["finetune", "replay"]
     assert set(table["status"]) == {"complete"}
     assert len(list((work / "results" / "tuned").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_is_not_tried_for_ever(alone: dict[str, str], work: Path) -> None:
+    """Ray ends tasks while the machine is fuller than it likes, and by itself begins them anew."""
+    full = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
+    done = sweep({**alone, **full}, "strategy=finetune", "seed=0", "engine.retries=1")
+    assert done.returncode == 1, done.stderr
+    assert "for want of memory" in done.stderr
+    table = read(work / "results")
+    assert table["status"].tolist() == ["out of memory"]
