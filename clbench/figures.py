@@ -90,6 +90,7 @@ def _of_board(section: str, board: Board, results: Mapping[str, Result]) -> Iter
     scored = board.table[board.headline].notna().sum()
     title = board.scenario + (f": {told(board)}" if board.differs else "")
     best = f", the {len(lines)} best of {scored}" if scored > len(lines) else ""
+    maximal = f", the {len(maps)} best of {scored}" if scored > len(maps) else ""
     plans: list[tuple[str, str, Callable[..., Figure], Any]] = []
     if board.headline == "online_error":
         plans += [
@@ -97,11 +98,10 @@ def _of_board(section: str, board: Board, results: Mapping[str, Result]) -> Iter
             ("source", f"Accuracy on the source along the stream{best}", domains.source, lines),
         ]
     else:
-        maximal = f", the {len(maps)} best of {scored}" if scored > len(maps) else ""
-        plans += [
-            ("curves", f"Accuracy over experiences{best}", accuracy.curves, lines),
-            ("matrices", f"Accuracy matrices, means over seeds{maximal}", accuracy.matrices, maps),
-        ]
+        plans.append(("curves", f"Accuracy over experiences{best}", accuracy.curves, lines))
+    if all(run.accuracy_matrix for runs in maps.values() for run in runs):
+        words = f"Accuracy matrices, means over seeds{maximal}"
+        plans.append(("matrices", words, accuracy.matrices, maps))
     if scored > 1:
         plans += _of_costs(replace(board, table=board.table.head(POINTS)), scored)
     for kind, caption, draw, what in plans:

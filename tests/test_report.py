@@ -130,6 +130,20 @@ def test_the_csv_says_the_same_as_the_boards(tmp_path: Path) -> None:
     assert (row["scenario"], row["protocol"], row["scenario.epochs"]) == ("digits", "untuned", 20)
 
 
+@pytest.mark.parametrize("held_out", [True, False])
+def test_adaptation_has_its_matrix_where_images_were_held_out(
+    held_out: bool, tmp_path: Path
+) -> None:
+    runs = [made_up.adapted("tent"), made_up.adapted("bn_adapt")]
+    if held_out:
+        runs = [replace(run, accuracy_matrix=[[0.5] * 6] * 6) for run in runs]
+    made_up.stored(tmp_path, *runs)
+    kinds = {path.name.partition("-")[0] for path in report.write(tmp_path)}
+    assert {"domains", "source"} <= kinds
+    assert ("matrices" in kinds) == held_out
+    assert "curves" not in kinds
+
+
 def test_names_from_files_are_text_everywhere(tmp_path: Path) -> None:
     long = "x" * 300
     made_up.stored(
