@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import made_up
+import numpy as np
 import pytest
+from PIL import Image
 
 from clbench import metrics, userspace
 from clbench.results import Result
@@ -37,7 +39,8 @@ def said(name: str, folder: Path, capsys: pytest.CaptureFixture[str], *arguments
 
 
 def test_there_is_a_test_for_each() -> None:
-    names = {"means_and_intervals.py", "paired_comparison.py", "forgetting_elsewhere.py"}
+    runs = {"means_and_intervals.py", "paired_comparison.py", "forgetting_elsewhere.py"}
+    names = {*runs, "corruption_sheet.py"}
     assert {file.name for file in EXAMPLES.glob("*.py")} == names
 
 
@@ -63,3 +66,19 @@ def test_forgetting_elsewhere(results: Path, capsys: pytest.CaptureFixture[str])
     ]
     mean = sum(metrics.forgetting(run.accuracy_matrix) or 0 for run in runs) / len(runs)
     assert f"{100 * mean:.1f}" in text
+
+
+def test_corruption_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As wide as an image is high: what is beside its middle is cut off."""
+    photo = np.full((48, 64, 3), 200, np.uint8)
+    photo[:, :8] = photo[:, -8:] = 0
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    sheet = str(tmp_path / "sheet.png")
+    said = runpy.run_path(str(EXAMPLES / "corruption_sheet.py"))["main"]
+    said(str(tmp_path / "photo.png"), sheet, "32")
+    assert capsys.readouterr().out.split() == [sheet]
+    with Image.open(sheet) as opened:
+        drawn = np.asarray(opened.convert("L"))
+    assert drawn.shape[0] > 2 * drawn.shape[1], "19 rows of five"
+    # Blurs, JPEG and pixelation leave a plain grey as it is: 8 rows of 19, where no edge is seen.
+    assert (np.abs(drawn.astype(int) - 200) <= 2).mean() > 0.3
