@@ -9,6 +9,7 @@ import random
 import re
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,15 @@ def test_memory_left_is_a_part_of_all_memory() -> None:
 
 def test_peak_memory_of_this_process_is_bytes() -> None:
     assert 2**25 < machine.peak_memory(CPU) < os.sysconf("SC_PHYS_PAGES") * 2**14
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system has no /proc")
+def test_peak_memory_is_not_that_of_the_process_before() -> None:
+    large = b"x" * 2**29
+    told = "print(machine.peak_memory(torch.device('cpu')))"
+    program = f"import torch; from clbench import machine; {told}"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert int(found.stdout) < machine.peak_memory(CPU) - len(large) // 2
 
 
 def test_devices() -> None:
