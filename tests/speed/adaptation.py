@@ -61,9 +61,13 @@ def suite(strategy: Adaptation, images: Tensor, labels: Tensor, size: int) -> Pa
     strategy.setup(resnet().to(memory_format=LAST), context)
     online = Online(stream, strategy, context)
 
-    def run() -> None:
+    tally = online.by_domain
+
+    def run() -> float:
+        before = float(tally.right)
         for _ in online.meet(0):
             pass
+        return (float(tally.right) - before) / len(images)
 
     return run
 
@@ -73,32 +77,39 @@ def normalised(images: Tensor) -> Tensor:
     return (images.float() / 255 - mean) / std
 
 
+def by_batch(model: nn.Module) -> nn.Module:
+    """The model, normalising with the statistics of each batch and keeping none."""
+    for module in model.train().modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = None
+    return model
+
+
 def inference(images: Tensor, labels: Tensor, size: int, layout: torch.memory_format) -> Pass:
     """The model as it is, by hand."""
     model = resnet().to(memory_format=layout)
 
     @torch.inference_mode()
-    def run() -> None:
+    def run() -> float:
         right = 0
         for x, y in zip(images.split(size), labels.split(size), strict=True):
             right += int((model(normalised(x)).argmax(1) == y).sum())
+        return right / len(images)
 
     return run
 
 
 def entropy_steps(images: Tensor, labels: Tensor, size: int, layout: torch.memory_format) -> Pass:
     """TENT, by hand."""
-    model = resnet().to(memory_format=layout)
-    model.train().requires_grad_(False)
+    model = by_batch(resnet().to(memory_format=layout)).requires_grad_(False)
     scales: list[nn.Parameter] = []
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.track_running_stats = False
-            module.running_mean = module.running_var = None
             scales += [module.weight.requires_grad_(True), module.bias.requires_grad_(True)]  # type: ignore[list-item]
     optimizer = torch.optim.Adam(scales, 1e-3)
 
-    def run() -> None:
+    def run() -> float:
         right = 0
         for x, y in zip(images.split(size), labels.split(size), strict=True):
             outputs = model(normalised(x))
@@ -107,8 +118,27 @@ def entropy_steps(images: Tensor, labels: Tensor, size: int, layout: torch.memor
             optimizer.step()
             optimizer.zero_grad()
             right += int((outputs.argmax(1) == y).sum())
+        return right / len(images)
 
     return run
+
+
+#: A method, and the loop by hand that does the same.
+JOBS: dict[str, tuple[Adaptation, Callable[..., Pass]]] = {
+    "source": (Source(), inference),
+    "tent": (Tent(), entropy_steps),
+}
+
+
+def random_images(count: int) -> tuple[Tensor, Tensor]:
+    """Noise on a random colour; labels: what the model says first, by statistics of 100 each."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((192, (count, 3, 1, 1)), (64, (count, 3, 32, 32)))
+    colours, noise = (torch.randint(n, s, generator=generator).byte() for n, s in shapes)
+    images = colours + noise
+    model = by_batch(resnet())
+    with torch.no_grad():
+        return images, torch.cat([model(normalised(x)) for x in images.split(100)]).argmax(1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -120,14 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
     size, count = asked.batch_size, asked.batches * asked.batch_size
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(10, (count,), generator=generator)
-    jobs: dict[str, tuple[Adaptation, Callable[..., Pass]]] = {
-        "source": (Source(), inference),
-        "tent": (Tent(), entropy_steps),
-    }
-    for title, (strategy, by_hand) in jobs.items():
+    images, labels = random_images(count)
+    for title, (strategy, by_hand) in JOBS.items():
         contenders = {
             "clbench": suite(copy.deepcopy(strategy), images, labels, size),
             "by hand": by_hand(images, labels, size, LAST),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from watch import EVALUATE_AT_ONCE, LEARNING_RATE, Job, Watch
 
@@ -139,6 +140,52 @@ class LwF(Finetune):
     def after(self, x: Tensor, y: Tensor) -> None:  # noqa: ARG002
         self.teacher = copy.deepcopy(self.model).eval()
         self.met = int(y.max()) + 1
+
+
+class Refresh(DERpp):
+    """A noisy step uphill on DER++'s loss, on the samples of the step that follows it."""
+
+    gamma, damping, decay, samples = 1e-9, 1e-3, 1e-5, 1000
+
+    def __init__(self, model: nn.Module, job: Job) -> None:
+        super().__init__(model, job)
+        self.named = dict(model.named_parameters())
+        self.weights = list(self.named.values())
+        self.noise = torch.Generator().manual_seed(0)
+        self.know([torch.zeros_like(w) for w in self.weights])
+
+    def know(self, fisher: list[Tensor]) -> None:
+        """What the steps of an experience need of it."""
+        self.fisher = fisher
+        self.drift = [self.gamma / (f + self.damping) for f in fisher]
+        self.spread = [(2 * d).sqrt() for d in self.drift]
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        kept, state = [b.clone() for b in self.model.buffers()], torch.get_rng_state()
+        uphill = torch.autograd.grad(super().loss(x, y), self.weights)
+        torch.set_rng_state(state)
+        with torch.no_grad():
+            for buffer, before in zip(self.model.buffers(), kept, strict=True):
+                buffer.copy_(before)
+            for w, g, d, s in zip(self.weights, uphill, self.drift, self.spread, strict=True):
+                w.addcmul_(d, g).addcmul_(s, torch.randn(w.shape, generator=self.noise))
+        return super().loss(x, y)
+
+    def after(self, x: Tensor, y: Tensor) -> None:
+        """Fisher information: squared gradients of single samples, many at once by vmap."""
+
+        def of_one(weights: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+            outputs = functional_call(self.model, weights, (image[None],))
+            return F.cross_entropy(outputs, label[None])
+
+        self.model.eval()
+        chosen = torch.randperm(len(x))[: self.samples]
+        fisher = [self.decay * f for f in self.fisher]
+        for some in chosen.split(STEPS_AT_ONCE):
+            each = vmap(grad(of_one), (None, 0, 0))(self.named, x[some], y[some])
+            for f, g in zip(fisher, each.values(), strict=True):
+                f += g.detach().square().sum(0) / len(chosen)
+        self.know(fisher)
 
 
 Method = Callable[[nn.Module, Job], Finetune]

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from clbench import machine
 from clbench.types import Scenario
 
 HERE = Path(__file__).resolve()
@@ -165,7 +165,7 @@ def main() -> None:
         torch.set_num_threads(1)
         kind, size = arguments.point
         spent = JOBS[kind](int(size))
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        resident = machine.peak_memory(torch.device("cpu")) / 2**20
         print(json.dumps({**spent, "resident_mib": resident}))
         return
     found: dict[str, dict[int, dict[str, float]]] = {}

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,19 +81,33 @@ class Job:
         )
 
     def suite(self) -> Pass:
-        def run() -> None:
-            strategy = Finetune(lr=LR)
-            strategy.setup(copy.deepcopy(self.start), self.context())
+        def run() -> Callable[[], float]:
+            strategy, model = Finetune(lr=LR), copy.deepcopy(self.start)
+            strategy.setup(model, self.context())
             strategy.learn(self.experience)
+            return lambda: self.token_accuracy(model.decoder)
 
         return run
 
+    @property
+    def rows(self) -> list[tuple[list[int], list[int]]]:
+        """Prompts and answers."""
+        return [_split(row) for row in text_source(self.train).inputs[self.train.index].tolist()]
+
+    @torch.no_grad()
+    def token_accuracy(self, model: Any) -> float:
+        """Of the tokens of answers, each after the true ones before it."""
+        ids, mask, labels = _collated(self.rows)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        asked = labels[:, 1:] != IGNORED
+        return float((logits.argmax(-1) == labels[:, 1:])[asked].float().mean())
+
     def by_hand(self, grouped: bool) -> Pass:
         """With the suite's batches, or with random ones, as a shuffled DataLoader has them."""
-        rows = [_split(row) for row in text_source(self.train).inputs[self.train.index].tolist()]
+        rows = self.rows
         size, generator = self.scenario.batch_size, torch.Generator().manual_seed(0)
 
-        def run() -> None:
+        def run() -> Callable[[], float]:
             model: Any = copy.deepcopy(self.start).decoder.train()
             optimizer = torch.optim.SGD(model.parameters(), LR)
             for _ in range(EPOCHS):
@@ -110,6 +124,7 @@ class Job:
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
+            return lambda: self.token_accuracy(model.eval())
 
         return run
 
@@ -126,8 +141,7 @@ class Job:
     def generated(self) -> Pass:
         """By `generate`, in batches of neighbours in length; texts are made, nothing is scored."""
         source, length = text_source(self.train), self.start.answer_length
-        rows = [_split(row)[0] for row in source.inputs[self.train.index].tolist()]
-        rows.sort(key=len)
+        rows = sorted((prompt for prompt, _ in self.rows), key=len)
         model: Any = self.start.eval().decoder
         end = source.tokenizer.end
 

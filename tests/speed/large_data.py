@@ -18,7 +18,6 @@ import argparse
 import itertools
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clbench import cache
+from clbench import cache, machine
 from clbench.nn.backbones import ConvNet
 from clbench.nn.heads import classifier
 from clbench.nn.transforms import ImageTransform
@@ -110,7 +109,7 @@ def job(kind: str, name: str, folder: Path, images: int, held: int, steps: int) 
         "images": len(data),
         "images_per_s": steps * BATCH / (time.perf_counter() - clock),
         "cpu_us_per_image": 1e6 * (time.process_time() - processor) / (steps * BATCH),
-        "resident_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "resident_mib": machine.peak_memory(torch.device("cpu")) / 2**20,
     }
     print(json.dumps(line))
 
@@ -142,7 +141,7 @@ def main() -> None:
         return
     stored(arguments.folder, arguments.images)
     made = {"seconds": time.perf_counter() - began, "bytes": arguments.images * 12288}
-    made["resident_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    made["resident_mib"] = machine.peak_memory(torch.device("cpu")) / 2**20
     print(json.dumps({"made": made}), flush=True)
     lines = [line for _ in range(arguments.rounds) for line in _round()]
     print("| data | job | images/s | CPU us/image | resident, MiB |\n|---|---|---|---|---|")

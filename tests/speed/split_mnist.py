@@ -1,4 +1,4 @@
-"""Four methods on split MNIST: what the suite costs beside loops written by hand. Not a test.
+"""Five methods on split MNIST: what the suite costs beside loops written by hand. Not a test.
 
     python tests/speed/split_mnist.py DATA_DIR --avalanche
     python tests/speed/split_mnist.py DATA_DIR --avalanche --model slim --images 3000 --threads 2
@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,33 +26,37 @@ import by_hand
 import numpy as np
 import peers
 import torch
+from turns import in_turns, spread
 from watch import EVALUATE_AT_ONCE, LEARNING_RATE, Job, Watch
 
-from clbench import protocol
+from clbench import machine, protocol
 from clbench.conditions import Conditions
 from clbench.nn.backbones import MLP, Backbone, SlimResNet18
 from clbench.progress import Silent
-from clbench.training import GradientStrategy
+from clbench.training import Trainer
 from clbench.types import Experience
 from scenarios.split_mnist import SplitMNIST
 from strategies.derpp import DERpp
 from strategies.ewc import EWC
 from strategies.lwf import LwF
+from strategies.refresh import Refresh
 from strategies.replay import Replay
 
 BACKBONES: Mapping[str, Callable[[], Backbone]] = {"mlp": MLP, "slim": SlimResNet18}
 #: The suite's options, equal to what the loops by hand and Avalanche do.
-STRATEGIES: Mapping[str, Callable[[], GradientStrategy]] = {
+STRATEGIES: Mapping[str, Callable[[], Trainer]] = {
     "replay": partial(Replay, lr=LEARNING_RATE),
     "derpp": partial(DERpp, lr=LEARNING_RATE),
     "ewc": partial(EWC, lr=LEARNING_RATE, ewc_lambda=by_hand.EWC.ewc_lambda, fisher="batch"),
     "lwf": partial(LwF, lr=LEARNING_RATE, cross_entropy_over="all"),
+    "refresh": lambda: Refresh(base=DERpp(lr=LEARNING_RATE)),
 }
 BY_HAND: Mapping[str, by_hand.Method] = {
     "replay": by_hand.Replay,
     "derpp": by_hand.DERpp,
     "ewc": by_hand.EWC,
     "lwf": by_hand.LwF,
+    "refresh": by_hand.Refresh,
 }
 COLUMNS = ("train", "evaluate", "train_cpu", "evaluate_cpu", "total")
 
@@ -73,7 +75,7 @@ class _CPUClock(Silent):
         self.seconds += time.process_time() - self.began
 
 
-def clbench(strategy: Callable[[], GradientStrategy], job: Job, watch: Watch) -> None:
+def clbench(strategy: Callable[[], Trainer], job: Job, watch: Watch) -> None:
     """The suite, as `python -m clbench` runs it, without a run folder."""
     made = strategy()
     kind: type[Any] = type(made)
@@ -121,13 +123,7 @@ def measure(contender: Contender, job: Job) -> Watch:
 
 def compare(contenders: Mapping[str, Contender], job: Job, rounds: int) -> dict[str, list[Watch]]:
     """All contenders in turns."""
-    runs: dict[str, list[Watch]] = {name: [] for name in contenders}
-    for index in range(rounds):
-        for name in contenders if index % 2 == 0 else reversed(list(contenders)):
-            runs[name].append(measure(contenders[name], job))
-            print(".", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    return runs
+    return in_turns({n: partial(measure, c, job) for n, c in contenders.items()}, rounds)
 
 
 def summary(runs: Sequence[Watch], reference: Sequence[Watch]) -> dict[str, Any]:
@@ -136,8 +132,7 @@ def summary(runs: Sequence[Watch], reference: Sequence[Watch]) -> dict[str, Any]
     for name in COLUMNS:
         own, others = ([vars(run)[name] for run in part] for part in (runs, reference))
         seconds[name] = statistics.median(own)
-        pairs = [a / b for a, b in zip(own, others, strict=True)]
-        ratios[name] = (statistics.median(pairs), min(pairs), max(pairs))
+        ratios[name] = spread(own, others)
     return {"seconds": seconds, "ratio_to_plain": ratios, "accuracies": runs[-1].accuracies}
 
 
@@ -149,7 +144,7 @@ def contenders(name: str, *, avalanche: bool) -> dict[str, Contender]:
     }
     if name == "replay":
         found["limit"] = by_hand.limit
-    if avalanche:
+    if avalanche and name in peers.MAKERS:
         found["avalanche"] = partial(peers.avalanche, peers.MAKERS[name])
     return found
 
@@ -203,7 +198,7 @@ def show(lines: Sequence[Mapping[str, Any]]) -> None:
         accuracy = statistics.mean(line["accuracies"])
         row = [line["method"], line["contender"], *cells, f"{accuracy:.3f}"]
         print("| " + " | ".join(row) + " |")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    peak = machine.peak_memory(torch.device("cpu")) / 2**20
     print(f"\nPeak memory of this process, all contenders': {peak:.0f} MiB.\n")
     for line in lines:
         print(json.dumps(line))

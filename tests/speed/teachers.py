@@ -3,9 +3,10 @@
     python tests/speed/teachers.py [--rounds 3] [--batch-size 200]
 
 Methods: one batch of ResNet-20 on random 32x32 images through the suite's whole loop, beside the
-source's. Views: 32 of CoTTA's for one batch, made by the suite for several views at once, and by
-torchvision as the published code composes them, one view of the batch at a time; 32 AugMix copies
-of 20 images, by the suite all at once, by Pillow as MEMO's code does, one copy at a time.
+source's; CoTTA also beside a loop by hand, which does what its published code does. Views: 32 of
+CoTTA's for one batch, made by the suite for several views at once, and by torchvision as the
+published code composes them, one view of the batch at a time; 32 AugMix copies of 20 images, by
+the suite all at once, by Pillow as MEMO's code does, one copy at a time.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from adaptation import MEAN, STD, Pass, compare, suite
+from adaptation import LAST, MEAN, STD, by_batch, normalised, random_images, resnet, suite
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as T
+from turns import Pass, compare, show
 
 from clbench.adaptation import Adaptation
 from clbench.nn.test_time_augmentation import AugMixViews, CoTTAViews
@@ -35,10 +37,11 @@ from strategies.psmt import PSMT
 from strategies.rotta import RoTTA
 from strategies.source import Source
 
+#: Of CoTTA's confidence, below which it makes views.
+THRESHOLDS = {"cotta, sure: no views": 0.0, "cotta, unsure: 32 views": 1.1}
 METHODS: dict[str, Adaptation] = {
     "source": Source(),
-    "cotta, sure: no views": CoTTA(confidence_threshold=0.0),
-    "cotta, unsure: 32 views": CoTTA(confidence_threshold=1.1),
+    **{name: CoTTA(confidence_threshold=least) for name, least in THRESHOLDS.items()},
     "rotta": RoTTA(),
     "psmt, sure: no views": PSMT(confidence_threshold=0.0),
     "psmt, unsure: 32 views": PSMT(confidence_threshold=1.1),
@@ -105,6 +108,44 @@ def published_copy(image: Image.Image, draw: np.random.Generator) -> Tensor:
     return share * plain + (1 - share) * mixed
 
 
+def cotta_steps(threshold: float, images: Tensor, labels: Tensor, size: int) -> Pass:
+    """CoTTA by hand, as its published code has it: a view at a time, a tensor at a time."""
+    student = by_batch(resnet().to(memory_format=LAST))
+    teacher, anchor = (copy.deepcopy(student).requires_grad_(False) for _ in range(2))
+    source = [p.detach().clone() for p in student.parameters()]
+    optimizer, draw = torch.optim.Adam(student.parameters(), 1e-3), random.Random(0)
+
+    @torch.no_grad()
+    def pseudo_labels(x: Tensor) -> Tensor:
+        if anchor(normalised(x)).softmax(1).amax(1).mean() >= threshold:
+            sure: Tensor = teacher(normalised(x))
+            return sure
+        views = (published_view(x.float() / 255, draw) for _ in range(32))
+        return torch.stack([teacher(normalised(255 * view)) for view in views]).mean(0)
+
+    @torch.no_grad()
+    def follow() -> None:
+        pairs = zip(teacher.parameters(), student.parameters(), source, strict=True)
+        for slow, fast, first in pairs:
+            slow.copy_(0.999 * slow + 0.001 * fast)
+            mask = torch.rand_like(fast) < 0.01
+            fast.copy_(torch.where(mask, first, fast))
+
+    def run() -> float:
+        right = 0
+        for x, y in zip(images.split(size), labels.split(size), strict=True):
+            outputs, targets = student(normalised(x)), pseudo_labels(x)
+            loss = -(targets.softmax(1) * outputs.log_softmax(1)).sum(1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            follow()
+            right += int((targets.argmax(1) == y).sum())
+        return right / len(images)
+
+    return run
+
+
 def views(images: Tensor) -> tuple[dict[str, Pass], dict[str, Pass]]:
     """Makers of CoTTA's views and of AugMix copies, the suite's first."""
     transform, scenario = ImageTransform(MEAN, STD), ToyDrift()
@@ -161,13 +202,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
     size = asked.batch_size
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (size, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(10, (size,), generator=generator)
+    images, labels = random_images(size)
     methods = {
         name: suite(copy.deepcopy(method), images, labels, size) for name, method in METHODS.items()
     }
     table("method", methods, asked.rounds, size)
+    for title, threshold in THRESHOLDS.items():
+        pair = {"clbench": methods[title], "by hand": cotta_steps(threshold, images, labels, size)}
+        show(title, compare(pair, asked.rounds), "by hand", size, "image")
     for title, contenders, count in zip(
         ("32 views of CoTTA's", "32 copies of AugMix"), views(images), (size, 20), strict=True
     ):

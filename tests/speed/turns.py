@@ -5,26 +5,44 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
 
 Pass = Callable[[], object]
+T = TypeVar("T")
+
+
+def in_turns(contenders: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """What each contender returns in each round, the order reversed in every other one."""
+    found: dict[str, list[T]] = {name: [] for name in contenders}
+    for index in range(rounds):
+        for name in list(contenders)[:: -1 if index % 2 else 1]:
+            found[name].append(contenders[name]())
+    return found
+
+
+def clocked(contender: Pass) -> tuple[float, object]:
+    """CPU seconds that it takes, and what it returns."""
+    began = time.process_time()
+    found = contender()
+    return time.process_time() - began, found
 
 
 def compare(contenders: Mapping[str, Pass], rounds: int) -> dict[str, list[float]]:
     """CPU seconds of each contender in each round, after one to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for index in range(-1, rounds):
-        for name in list(contenders) if index % 2 else list(contenders)[::-1]:
-            began = time.process_time()
-            contenders[name]()
-            if index >= 0:
-                seconds[name].append(time.process_time() - began)
-    return seconds
+    passes = in_turns({n: partial(clocked, c) for n, c in contenders.items()}, 1 + rounds)
+    return {name: [seconds for seconds, _ in found[1:]] for name, found in passes.items()}
+
+
+def spread(mine: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
+    """Of the rounds' ratios the median, the smallest and the largest."""
+    found = [a / b for a, b in zip(mine, base, strict=True)]
+    return statistics.median(found), min(found), max(found)
 
 
 def ratio(mine: Sequence[float], base: Sequence[float]) -> str:
     """Median and range of the rounds' ratios."""
-    found = [a / b for a, b in zip(mine, base, strict=True)]
-    return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+    return "{:.2f} ({:.2f} to {:.2f})".format(*spread(mine, base))
 
 
 def show(
