@@ -40,7 +40,7 @@ def said(name: str, folder: Path, capsys: pytest.CaptureFixture[str], *arguments
 
 def test_there_is_a_test_for_each() -> None:
     runs = {"means_and_intervals.py", "paired_comparison.py", "forgetting_elsewhere.py"}
-    names = {*runs, "corruption_sheet.py"}
+    names = {*runs, "errors_by_domain.py", "corruption_sheet.py"}
     assert {file.name for file in EXAMPLES.glob("*.py")} == names
 
 
@@ -66,6 +66,24 @@ def test_forgetting_elsewhere(results: Path, capsys: pytest.CaptureFixture[str])
     ]
     mean = sum(metrics.forgetting(run.accuracy_matrix) or 0 for run in runs) / len(runs)
     assert f"{100 * mean:.1f}" in text
+
+
+def test_errors_by_domain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [made_up.adapted(name, seed) for name in ("tent", "source") for seed in range(2)]
+    made_up.stored(tmp_path, *(replace(r, costs={"adaptation_time_ratio": 3.0}) for r in runs))
+    said("errors_by_domain.py", tmp_path, capsys)
+    made_up.stored(tmp_path, made_up.run("replay", 0))  # no test-time adaptation: no table
+    header, rule, *rows = said("errors_by_domain.py", tmp_path, capsys).splitlines()[3:]
+    first, *names = [cell.strip() for cell in header.strip("|").split("|")]
+    assert (first, names[:6]) == ("strategy (seeds)", list(made_up.DOMAINS))
+    assert names[6:] == ["online_error", "source_accuracy", "source_forgetting", "time"]
+    assert rule.count("-|") == len(names) + 1
+    found = {cells[1].strip(): cells[2:-1] for cells in (row.split("|") for row in rows)}
+    assert found.keys() == {"tent (2)", "source (2)"}
+    both = [run.online["by_domain"]["error"] for run in runs[:2]]
+    means = [f"{50 * (a + b):.1f}" for a, b in zip(*both, strict=True)]
+    assert [cell.strip() for cell in found["tent (2)"]][:6] == means
+    assert float(found["tent (2)"][-1]) == 3.0
 
 
 def test_corruption_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
