@@ -69,6 +69,11 @@ class Account:
         yield
         self._apart += self._clock() - began
 
+    def compile(self, seconds: float) -> None:
+        """Counts seconds of the compiler, which are no training even where they fall into it."""
+        self.costs["compile_seconds"] += seconds
+        self._apart += seconds
+
     def resume(self, elapsed: float) -> None:
         """The run is that old already."""
         self._earlier = elapsed

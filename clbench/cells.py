@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from clbench import config, features, machine, protocol, trackers
+from clbench import compiling, config, features, machine, protocol, trackers
 from clbench.conditions import Conditions, Names, identify
 from clbench.engines.pool import Died
 from clbench.errors import UserError
@@ -52,7 +52,7 @@ class Cell:
         Raises:
             UserError: If they can't be, or can't work together.
         """
-        machine.choose_device(self.conditions.device)
+        self._here()
         return self.parts()
 
     def parts(self) -> tuple[Scenario, Strategy]:
@@ -75,14 +75,21 @@ class Cell:
 
     def check(self, scenario: Scenario, strategy: Strategy) -> None:
         """Refuses parts that can't work together, or can't work here."""
-        machine.choose_device(self.conditions.device)
+        self._here()
         self._fit(scenario, strategy)
+
+    def _here(self) -> None:
+        device = machine.choose_device(self.conditions.device)
+        if self.conditions.compile:
+            compiling.check_machine(device)
 
     def _fit(self, scenario: Scenario, strategy: Strategy) -> None:
         strategy.check(scenario)
         scenario.check(self.conditions.split)
         if self.conditions.cache_features:
             features.check(scenario, strategy)
+        if self.conditions.compile:
+            compiling.check(scenario, self.conditions)
         if self.conditions.population:
             Population.check(strategy)
 

@@ -26,6 +26,7 @@ class Conditions:
         evaluate_batch_size: Samples predicted at once.
         cache_features: Make the features of a backbone that nothing changes once, keep them, and
             learn from them in place of images; see `clbench.features`.
+        compile: Send training steps through PyTorch's compiler; see `clbench.compiling`.
         population: Runs that train together, this one among them; 0: it trains by itself. See
             `clbench.population`.
     """
@@ -39,6 +40,7 @@ class Conditions:
     evaluate_samples: int = 1000
     evaluate_batch_size: int = 1000
     cache_features: bool = False
+    compile: bool = False
     population: int = 0
 
     def __post_init__(self) -> None:
@@ -49,7 +51,7 @@ class Conditions:
         """What decides the numbers, besides the seed."""
         content = asdict(self)
         del content["seed"], content["device"]
-        for name in ("cache_features", "population"):
+        for name in ("cache_features", "compile", "population"):
             if not content[name]:  # so that runs from before there was a choice stay the same
                 del content[name]
         return {**content, "split": self.split.value}
@@ -103,6 +105,7 @@ def identify(
         "seed": conditions.seed,
         "precision": conditions.precision,
         **({"cache_features": True} if conditions.cache_features else {}),
+        **({"compile": True} if conditions.compile else {}),
         "options": chosen,
         "data": data,
         "tuned": None if tuned is None else dict(tuned),

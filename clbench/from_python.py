@@ -50,6 +50,7 @@ def run(
     evaluate_samples: int = 1000,
     evaluate_batch_size: int = 1000,
     cache_features: bool = False,
+    compile: bool = False,
     results_dir: str | Path | None = None,
     force: bool = False,
     progress: bool = False,
@@ -77,6 +78,7 @@ def run(
         evaluate_samples: Test samples of an experience that these look at, at most.
         evaluate_batch_size: Samples predicted at once.
         cache_features: Make features that nothing changes once, and learn from them.
+        compile: Send training steps through PyTorch's compiler.
         results_dir: Where the run folder goes, from which an interrupted run continues and where
             an ended one is found again; None: nothing is written.
         force: Repeat a run that is there.
@@ -101,6 +103,7 @@ def run(
         "evaluate_samples": evaluate_samples,
         "evaluate_batch_size": evaluate_batch_size,
         "cache_features": cache_features,
+        "compile": compile,
     }
     conditions = config.fill(Conditions, given, "")
     tracker = config.fill(_Shown, {"tracker": tracker}, "").tracker

@@ -152,7 +152,7 @@ def label(run: Mapping[str, Any]) -> str:
 
 def _may_tell(column: str) -> bool:
     """Whether it tells rows of one strategy apart, in words: options, and how costs came about."""
-    return column.startswith("strategy.") or column == "cache_features"
+    return column.startswith("strategy.") or column in ("cache_features", "compile")
 
 
 def _shared(runs: pd.DataFrame) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from clbench import checkpoint, features, interruption, machine
+from clbench import checkpoint, compiling, features, interruption, machine
 from clbench.account import Account
 from clbench.conditions import Conditions, Names, identify
 from clbench.errors import Diverged, TimedOut, UserError
@@ -66,6 +67,9 @@ def run(
     scenario.check(conditions.split)
     if conditions.cache_features:
         features.check(scenario, strategy)
+    if conditions.compile:
+        compiling.check(scenario, conditions)
+        compiling.check_machine(machine.choose_device(conditions.device))
     result = Result(run=identify(scenario, strategy, conditions, names, tuned))
     tracker, limits = tracker or Untracked(), limits or Limits()
     progress = progress or Silent()
@@ -159,6 +163,7 @@ class _Loop:
             machine.thread_count(threads),
             machine.deterministic(),
             self.account.passes.watch(model),
+            self._compiled(model),
         ):
             self._set_up(model)
             start = self.saving.resume()
@@ -206,6 +211,13 @@ class _Loop:
         )
         self.account.costs["feature_seconds"] = time.perf_counter() - began
         return head
+
+    def _compiled(self, model: torch.nn.Module) -> AbstractContextManager[None]:
+        if not self.conditions.compile:
+            return nullcontext()
+        self.account.costs["compile_seconds"] = 0.0
+        sizes = compiling.batch_sizes(self.scenario)
+        return compiling.compiled(model, sizes, self.account.compile)
 
     def _set_up(self, model: torch.nn.Module) -> None:
         machine.reset_peak_memory(self.device)

@@ -48,6 +48,8 @@ def _against(tree: Mapping[str, Any]) -> str | None:
         return "workers= or another engine, whose processes make runs one by one"
     if tree["timeout"]:
         return f"timeout={tree['timeout']}, which is of one run and its process"
+    if tree["compile"]:
+        return "compile=true, which compiles the model of one run"
     if tree["tracker"] != "none":
         return f"tracker={tree['tracker']}, which follows one run at a time"
     return None
