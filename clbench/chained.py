@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clbench.machine import available_memory
-from clbench.samples import Source, TensorSource
+from clbench.samples import ReadSource, Source, TensorSource
 
 #: Bytes that are held in memory, on the device, rather than left where they are.
 _IN_MEMORY = 2**31
 
 
-class ChainedSource(Source):
+class ChainedSource(ReadSource):
     """Samples in several arrays, memory-mapped ones as a rule; nothing is held.
 
     Args:
@@ -31,7 +31,7 @@ class ChainedSource(Source):
             raise ValueError(f"parts of {shapes} for {len(targets)} targets")
         self.parts, self.targets = list(parts), targets
 
-    def gather(self, index: Tensor) -> Tensor:
+    def read(self, index: Tensor) -> Tensor:
         which, rows = np.divmod(index.cpu().numpy(), len(self.parts[0]))
         first = self.parts[0]
         out = np.empty((len(rows), *first.shape[1:]), first.dtype)
@@ -40,7 +40,7 @@ class ChainedSource(Source):
             # In file order: pages that follow each other are read once.
             places = places[rows[places].argsort()]
             out[places] = self.parts[part][rows[places]]
-        return torch.from_numpy(out).to(self.device, non_blocking=True)
+        return torch.from_numpy(out)
 
     def to(self, device: torch.device) -> Source:
         return self if device == self.device else ChainedSource(self.parts, self.targets.to(device))

@@ -25,7 +25,7 @@ from clbench.errors import UserError
 from clbench.machine import available_cores, available_memory
 from clbench.progress import counting
 from clbench.rows import Rows
-from clbench.samples import MappedSource, Source, TensorSource
+from clbench.samples import MappedSource, ReadSource, Source, TensorSource
 
 Pixels = NDArray[np.uint8]
 
@@ -189,7 +189,7 @@ def pixels(
     return _stored(files, image_size, channels, cache_dir, False, border)["images"]
 
 
-class FileSource(Source):
+class FileSource(ReadSource):
     """Image files that are decoded each time that they are asked for: nothing is kept.
 
     Args:
@@ -206,7 +206,7 @@ class FileSource(Source):
         labels = torch.tensor([entry.label for entry in files.entries], dtype=torch.int64)
         self.targets = labels if targets is None else targets
 
-    def gather(self, index: Tensor) -> Tensor:
+    def read(self, index: Tensor) -> Tensor:
         size = self.image_size, self.image_size
         rows = index.tolist()
         out = np.empty((len(rows), 3, *size), np.uint8)
@@ -221,7 +221,7 @@ class FileSource(Source):
         with ThreadPoolExecutor(available_cores()) as pool:
             for _ in pool.map(fill, range(len(rows))):
                 pass
-        return torch.from_numpy(out).to(self.device, non_blocking=True)
+        return torch.from_numpy(out)
 
     def to(self, device: torch.device) -> Source:
         if device == self.device:

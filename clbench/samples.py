@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +65,10 @@ class Source(ABC):
     def gather(self, index: Tensor) -> Tensor:
         """The stored samples at `index` ([B] int64 on the source's device), [B, ...] on it."""
 
+    def ahead(self, indices: Iterable[Tensor]) -> Iterator[Tensor]:
+        """What `gather` gives for each, in order; it may be got before it is asked for."""
+        return map(self.gather, indices)
+
     def expect(self, index: Tensor) -> None:  # noqa: B027
         """Says what will be gathered after next; nobody waits, and no number depends on it."""
 
@@ -94,7 +99,37 @@ class TensorSource(Source):
         return TensorSource(self.inputs.to(device), self.targets.to(device))
 
 
-class MappedSource(Source):
+class ReadSource(Source):
+    """Samples that lie elsewhere than on a device, such as on a disk."""
+
+    @abstractmethod
+    def read(self, index: Tensor) -> Tensor:
+        """The stored samples at `index`, [B, ...] in main memory; called from any thread."""
+
+    def gather(self, index: Tensor) -> Tensor:
+        return self.read(index).to(self.device)
+
+    def ahead(self, indices: Iterable[Tensor]) -> Iterator[Tensor]:
+        """See `Source.ahead`: while one is worked on, a thread reads the next.
+
+        For a GPU it does so into pinned memory, from where nobody waits for the copy.
+        """
+
+        def read(index: Tensor) -> Tensor:
+            found = self.read(index)
+            return found.pin_memory() if self.device.type == "cuda" else found
+
+        waiting: Future[Tensor] | None = None
+        with ThreadPoolExecutor(1, "clbench-reader") as reader:
+            for index in indices:
+                found, waiting = waiting, reader.submit(read, index)
+                if found is not None:
+                    yield found.result().to(self.device, non_blocking=True)
+            if waiting is not None:
+                yield waiting.result().to(self.device, non_blocking=True)
+
+
+class MappedSource(ReadSource):
     """Samples in an array on disk, for data that do not fit in memory.
 
     Args:
@@ -111,7 +146,7 @@ class MappedSource(Source):
             raise ValueError(f"{count} samples but {len(targets)} targets")
         self.inputs, self.targets, self.rows = inputs, targets, rows
 
-    def gather(self, index: Tensor) -> Tensor:
+    def read(self, index: Tensor) -> Tensor:
         positions = self._positions(index)
         if isinstance(self.inputs, Rows):
             out = self.inputs[positions]
@@ -119,7 +154,7 @@ class MappedSource(Source):
             order = np.argsort(positions)  # in file order: sequential pages are read once
             out = np.empty((len(positions), *self.inputs.shape[1:]), self.inputs.dtype)
             out[order] = self.inputs[positions[order]]
-        return torch.from_numpy(out).to(self.device, non_blocking=True)
+        return torch.from_numpy(out)
 
     def expect(self, index: Tensor) -> None:
         if isinstance(self.inputs, Rows):
@@ -193,7 +228,9 @@ class Samples:
             The batch, labels included.
         """
         index = self.index[positions]
-        raw = self.source.gather(index)
+        return self._batch(self.source.gather(index), index, augment)
+
+    def _batch(self, raw: Tensor, index: Tensor, augment: torch.Generator | None) -> Batch:
         inputs = self.transform.test(raw) if augment is None else self.transform.train(raw, augment)
         return Batch(inputs, self.source.targets[index], raw, index)
 
@@ -212,14 +249,20 @@ class Samples:
         """
         batch_bytes = self.source.gather(self.index[order[:1]]).nbytes * batch_size
         chunk = max(1, self.CHUNK // max(1, batch_bytes)) * batch_size
-        for start in range(0, len(order), chunk):
-            self.source.expect(self.index[order[start + chunk : start + 2 * chunk]])
-            whole = self.take(order[start : start + chunk], augment)
+        chunks = self.index[order].split(chunk) if len(order) else ()
+        for index, raw in zip(chunks, self.source.ahead(self._announced(chunks)), strict=True):
+            whole = self._batch(raw, index, augment)
             columns = [
                 part.split(batch_size)
                 for part in (whole.inputs, whole.targets, whole.raw, whole.index)
             ]
             yield from map(Batch, *columns)
+
+    def _announced(self, chunks: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Each, when the source has been told of the one after it."""
+        for index, after in zip(chunks, [*chunks[1:], self.index[:0]], strict=False):
+            self.source.expect(after)
+            yield index
 
 
 def concatenate(parts: Sequence[Samples]) -> Samples:

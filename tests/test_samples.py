@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import queue
+import threading
+
 import pytest
 import torch
 from torch import Tensor
 
 from clbench.nn.transforms import Identity, ImageTransform
-from clbench.samples import Samples, TensorSource
+from clbench.samples import ReadSource, Samples, Source, TensorSource
 
 
 class _Counting(TensorSource):
@@ -79,6 +83,73 @@ def test_a_chunk_is_announced_while_the_one_before_it_is_worked_on() -> None:
     for now, after in zip(chunks, [*chunks[1:], []], strict=True):
         expected += [("expect", after), ("gather", now)]
     assert told == expected
+
+
+class _Disk(ReadSource):
+    """Tells which samples were read, on which thread."""
+
+    def __init__(self, raw: Tensor, targets: Tensor) -> None:
+        self.raw, self.targets = raw, targets
+        self.done: queue.Queue[tuple[list[int], str]] = queue.Queue()
+
+    def read(self, index: Tensor) -> Tensor:
+        index = index.cpu()
+        if (index == 13).any():
+            raise OSError("sample 13")
+        self.done.put((index.tolist(), threading.current_thread().name))
+        return self.raw[index]
+
+    def to(self, device: torch.device) -> Source:
+        return _Disk(self.raw, self.targets.to(device))
+
+
+def disk(count: int) -> tuple[_Disk, Samples]:
+    """Samples so large that each batch of two is read by itself."""
+    source = _Disk(torch.arange(count * 2**19).view(count, -1), torch.arange(count))
+    return source, Samples(source, torch.arange(count), Identity())
+
+
+def test_what_lies_on_a_disk_is_read_while_the_samples_before_it_are_worked_on() -> None:
+    source, samples = disk(12)
+    order = torch.randperm(12)
+    chunks = [part.tolist() for part in order.split(2)]
+    batches = samples.batches(order, 2)
+    got = [next(batches)]
+    read = [source.done.get(timeout=10) for _ in range(3)]
+    assert [positions for positions, _ in read] == [chunks[0][:1], chunks[0], chunks[1]]
+    assert {name.rpartition("_")[0] for _, name in read[1:]} == {"clbench-reader"}
+    got += batches
+    assert all(torch.equal(b.raw, source.raw[i]) for b, i in zip(got, chunks, strict=True))
+    assert [b.targets.tolist() for b in got] == chunks
+
+
+def test_what_can_t_be_read_is_raised_in_its_turn() -> None:
+    _, samples = disk(14)
+    batches = samples.batches(torch.arange(14), 2)
+    assert [next(batches).targets.tolist() for _ in range(6)][-1] == [10, 11]
+    with pytest.raises(OSError, match="sample 13"):
+        next(batches)
+
+
+def test_nothing_goes_on_reading_for_batches_that_nobody_wants() -> None:
+    source, samples = disk(12)
+    batches = samples.batches(torch.arange(12), 2)
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    gc.collect()
+    assert not any(t.name.startswith("clbench-reader") for t in threading.enumerate())
+    assert source.done.qsize() <= 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+def test_a_gpu_gets_the_samples_that_lie_on_a_disk() -> None:
+    source, samples = disk(12)
+    order = torch.randperm(12)
+    there = samples.to(torch.device("cuda"))
+    for batch, part in zip(there.batches(order.cuda(), 2), order.split(2), strict=True):
+        assert batch.raw.device.type == "cuda"
+        assert torch.equal(batch.raw.cpu(), source.raw[part])
 
 
 def test_no_samples_no_batches() -> None:
