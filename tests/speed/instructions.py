@@ -104,12 +104,12 @@ class Job:
 
     def by_hand(self, grouped: bool) -> Pass:
         """With the suite's batches, or with random ones, as a shuffled DataLoader has them."""
-        rows = self.rows
-        size, generator = self.scenario.batch_size, torch.Generator().manual_seed(0)
+        rows, size = self.rows, self.scenario.batch_size
 
         def run() -> Callable[[], float]:
             model: Any = copy.deepcopy(self.start).decoder.train()
             optimizer = torch.optim.SGD(model.parameters(), LR)
+            generator = self.context().generator("shuffle")
             for _ in range(EPOCHS):
                 order = (
                     self.train.shuffled(size, generator)
