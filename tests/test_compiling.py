@@ -13,22 +13,25 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from suite import composed
+from omegaconf import OmegaConf
+from suite import composed, configured
 from torch import Tensor, nn
 
-from clbench import compiling, from_python, protocol
+from clbench import compiling, from_python, protocol, userspace
 from clbench.account import Account
 from clbench.conditions import Conditions, identify
+from clbench.config import build, target_class
 from clbench.errors import Interrupted, UserError
 from clbench.nn.backbones import MLP, Backbone, ConvNet, FeatureExtractor
 from clbench.nn.heads import Classifier
 from clbench.population.choice import choose
 from clbench.population.companion import Companion, introduce
 from clbench.results import Result, RunFolder
-from clbench.testing import ToyDrift, ToyScenario, _PreemptedAt
+from clbench.state import capture
+from clbench.testing import ToyDrift, ToyScenario, _equal, _PreemptedAt, toy_for
 from clbench.text.toy import ToyInstructions
 from clbench.training import GradientStrategy, Trainer
-from clbench.types import Scenario, Setting, Strategy
+from clbench.types import CLASSIFICATION, Scenario, Setting, Strategy
 from strategies.derpp import DERpp
 from strategies.ewc import EWC
 from strategies.finetune import Finetune
@@ -286,13 +289,12 @@ def test_it_is_part_of_a_run_only_where_it_is_asked_for() -> None:
 def test_rows_of_a_board_are_told_apart_by_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clbench.leaderboard import build
-    from clbench.results import read
+    from clbench import leaderboard, results
 
     monkeypatch.setattr(compiling, "BACKEND", "eager")
     for on in (False, True):
         from_python.run(ToyScenario(epochs=1), Finetune(), compile=on, results_dir=tmp_path)
-    (board,) = build(read(tmp_path)).boards
+    (board,) = leaderboard.build(results.read(tmp_path)).boards
     assert sorted(board.table["strategy"]) == ["finetune", "finetune (compile=True)"]
 
 
@@ -384,6 +386,34 @@ def test_a_gpu_without_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 def near(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     """The largest difference of a weight or statistic."""
     return max(float((one[k].double() - other[k].double()).abs().max()) for k in one)
+
+
+def labelled(name: str) -> bool:
+    """Whether a strategy learns classes from labels."""
+    tree = OmegaConf.load(userspace.configuration() / "strategy" / f"{name}.yaml")
+    return bool(target_class({"_target_": tree._target_}, Strategy, name).settings & CLASSIFICATION)
+
+
+def made(name: str) -> Strategy:
+    return build(composed(f"strategy={name}")["strategy"], Strategy, "strategy")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*filter(labelled, configured("strategy"))])
+def test_every_strategy_learns_the_same_bits_in_traced_steps(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    toy = toy_for(made(name), CLASSIFICATION)
+    assert isinstance(toy, ToyScenario)
+    scenario = replace(toy, epochs=1, n_experiences=2)
+    plain, traced = made(name), made(name)
+    expected = protocol.run(scenario, plain, CPU)
+    found = protocol.run(scenario, traced, COMPILED)
+    assert found.accuracy_matrix == expected.accuracy_matrix
+    assert _equal(capture(traced), capture(plain))
+    del found.costs["compile_seconds"]
+    assert counted(found) == counted(expected)
 
 
 @pytest.mark.slow
