@@ -200,7 +200,7 @@ def plain(method: Method, job: Job, watch: Watch) -> None:
         with watch.training():
             model.train()
             for chosen in torch.randperm(len(x)).split(job.batch_size):
-                batch_x, batch_y = x[chosen], y[chosen]
+                batch_x, batch_y = gathered(x, y, chosen)
                 optimizer.zero_grad()
                 learner.loss(batch_x, batch_y).backward()
                 optimizer.step()
@@ -217,6 +217,11 @@ def plain(method: Method, job: Job, watch: Watch) -> None:
                 ):
                     right += int((model(inputs)[:, :met].argmax(1) == labels).sum())
                 watch.accuracies.append(right / len(some_y))
+
+
+def gathered(x: Tensor, y: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch."""
+    return x[chosen], y[chosen]
 
 
 def limit(job: Job, watch: Watch) -> None:
