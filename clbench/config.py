@@ -10,6 +10,7 @@ import sys
 from abc import ABC
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -117,7 +118,7 @@ def options(configured: Any) -> dict[str, Any]:
 
     Classes from outside the suite carry the SHA-256 of their file as `_code_`, so that an
     edited method is another method. Fields with the metadata `LOCATION` are left out: where a
-    file lies decides no number.
+    file lies decides no number. Of files in fields with `CONTENT` there is the SHA-256 instead.
     """
     target = type(configured)
     node: dict[str, Any] = {"_target_": f"{target.__module__}.{target.__qualname__}"}
@@ -125,10 +126,29 @@ def options(configured: Any) -> dict[str, Any]:
     if code:
         node["_code_"] = code
     for f in fields(configured):
-        if f.init and f.metadata.get("identity", True):
+        identity = f.metadata.get("identity", True)
+        if f.init and identity:
             value = getattr(configured, f.name)
+            if identity == "content" and value is not None:
+                value = _content(Path(value))
             node[f.name] = options(value) if is_dataclass(value) else _plain(value)
     return node
+
+
+def _content(file: Path) -> str:
+    """What a file holds, in a word; a file that can't be read is its path, and fails later."""
+    try:
+        state = file.stat()
+        return f"sha256:{_digest(file, state.st_size, state.st_mtime_ns)}"
+    except OSError:
+        return str(file)
+
+
+@cache
+def _digest(file: Path, size: int, changed: int) -> str:  # noqa: ARG001
+    from clbench.nn.weights import sha256
+
+    return sha256(file)
 
 
 def _value(value: Any, hint: Any, where: str) -> Any:

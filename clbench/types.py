@@ -437,6 +437,8 @@ class Strategy(ABC):
 
 #: Metadata of fields that say where files lie; they are no part of a run's identity.
 LOCATION: Mapping[str, Any] = {"identity": False}
+#: Metadata of fields that name a file whose content, not its place, is part of a run's identity.
+CONTENT: Mapping[str, Any] = {"identity": "content"}
 
 #: Settings in which labelled classes arrive and a classifier is scored.
 CLASSIFICATION = frozenset({Setting.CLASS_INCREMENTAL, Setting.DOMAIN_INCREMENTAL})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -392,6 +393,22 @@ def test_where_a_file_lies_is_no_option() -> None:
     assert "folder" not in options(Located())
     assert options(Located(folder="elsewhere")) == options(Located())
     assert options(Located(classes=11)) != options(Located())
+
+
+def test_what_a_file_of_weights_holds_is_an_option_and_not_its_name(tmp_path: Path) -> None:
+    one, same, other = (tmp_path / f"{name}.pt" for name in ("one", "same", "other"))
+    for file, content in ((one, b"1"), (same, b"1"), (other, b"2")):
+        file.write_bytes(content)
+
+    def said(file: Path) -> dict[str, Any]:
+        return options(MLP(weights=str(file)))
+
+    assert said(one) == said(same) != said(other)
+    assert said(one)["weights"] == f"sha256:{hashlib.sha256(b'1').hexdigest()}"
+    one.write_bytes(b"22")
+    assert said(one)["weights"] == f"sha256:{hashlib.sha256(b'22').hexdigest()}"
+    assert said(tmp_path / "none.pt")["weights"] == str(tmp_path / "none.pt")
+    assert options(MLP())["weights"] is None
 
 
 def test_target_class_gives_the_class_itself() -> None:

@@ -8,7 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from clbench.nn.weights import (
     split_head,
     unwrap,
 )
+from clbench.types import CONTENT
 
 _RESIZE = (
     "Choose a scenario with images of another size or another backbone.name, or set "
@@ -72,7 +73,7 @@ class Backbone(ABC):
         UserError: If options contradict each other.
     """
 
-    weights: str | None = None
+    weights: str | None = field(default=None, metadata=CONTENT)
     load_head: bool = False
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
