@@ -108,13 +108,6 @@ class Rows:
             done = os.pwrite(self._file, data, place)
             data, place = data[done:], place + done
 
-    def expect(self, positions: NDArray[np.int64]) -> None:
-        """Has the system read rows from the disk that will be asked for next; waits for none."""
-        if sys.platform == "linux":
-            for start, stop, first in _runs(np.sort(positions)):
-                place, size = self._offset + first * self._size, (stop - start) * self._size
-                os.posix_fadvise(self._file, place, size, os.POSIX_FADV_WILLNEED)
-
     def sync(self) -> None:
         """Waits until everything that was written is on the disk."""
         os.fsync(self._file)

@@ -69,9 +69,6 @@ class Source(ABC):
         """What `gather` gives for each, in order; it may be got before it is asked for."""
         return map(self.gather, indices)
 
-    def expect(self, index: Tensor) -> None:  # noqa: B027
-        """Says what will be gathered after next; nobody waits, and no number depends on it."""
-
     @abstractmethod
     def to(self, device: torch.device) -> Source:
         """The same samples served on `device`; itself where nothing changes."""
@@ -155,10 +152,6 @@ class MappedSource(ReadSource):
             out = np.empty((len(positions), *self.inputs.shape[1:]), self.inputs.dtype)
             out[order] = self.inputs[positions[order]]
         return torch.from_numpy(out)
-
-    def expect(self, index: Tensor) -> None:
-        if isinstance(self.inputs, Rows):
-            self.inputs.expect(self._positions(index))
 
     def _positions(self, index: Tensor) -> NDArray[np.int64]:
         index = index.cpu()
@@ -250,19 +243,13 @@ class Samples:
         batch_bytes = self.source.gather(self.index[order[:1]]).nbytes * batch_size
         chunk = max(1, self.CHUNK // max(1, batch_bytes)) * batch_size
         chunks = self.index[order].split(chunk) if len(order) else ()
-        for index, raw in zip(chunks, self.source.ahead(self._announced(chunks)), strict=True):
+        for index, raw in zip(chunks, self.source.ahead(chunks), strict=True):
             whole = self._batch(raw, index, augment)
             columns = [
                 part.split(batch_size)
                 for part in (whole.inputs, whole.targets, whole.raw, whole.index)
             ]
             yield from map(Batch, *columns)
-
-    def _announced(self, chunks: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Each, when the source has been told of the one after it."""
-        for index, after in zip(chunks, [*chunks[1:], self.index[:0]], strict=False):
-            self.source.expect(after)
-            yield index
 
 
 def concatenate(parts: Sequence[Samples]) -> Samples:

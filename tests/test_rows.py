@@ -33,7 +33,6 @@ def test_any_rows_in_any_order_are_those_of_the_array(positions: list[int], dtyp
     with tempfile.TemporaryDirectory() as folder:
         rows, content = stored(Path(folder), dtype)
         index = np.array(positions, np.int64)
-        rows.expect(index)
         found = rows[index]
         assert found.dtype == content.dtype
         np.testing.assert_array_equal(found, content[index])

@@ -59,32 +59,6 @@ def test_the_samples_held_at_once_are_bounded_in_bytes_and_whole_batches() -> No
     assert max(source.asked) == 200
 
 
-def test_a_chunk_is_announced_while_the_one_before_it_is_worked_on() -> None:
-    """And the batches are those of a source that nobody tells."""
-    told: list[tuple[str, list[int]]] = []
-
-    class Told(TensorSource):
-        def expect(self, index: Tensor) -> None:
-            told.append(("expect", index.tolist()))
-
-        def gather(self, index: Tensor) -> Tensor:
-            told.append(("gather", index.tolist()))
-            return super().gather(index)
-
-    raw, order = torch.arange(2**20 * 5 // 2).view(20, -1), torch.randperm(20)
-    sources = [kind(raw, torch.arange(20)) for kind in (Told, TensorSource)]
-    one, other = (
-        [batch.raw for batch in Samples(s, torch.arange(20), Identity()).batches(order, 2)]
-        for s in sources
-    )
-    assert all(map(torch.equal, one, other))
-    chunks = [part.tolist() for part in order.split(2)]
-    expected = [("gather", chunks[0][:1])]  # to see how large a sample is
-    for now, after in zip(chunks, [*chunks[1:], []], strict=True):
-        expected += [("expect", after), ("gather", now)]
-    assert told == expected
-
-
 class _Disk(ReadSource):
     """Tells which samples were read, on which thread."""
 

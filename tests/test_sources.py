@@ -81,13 +81,14 @@ def test_a_run_s_batches_are_the_same_from_a_file(
             assert torch.equal(a, b)
 
 
-def test_what_is_expected_changes_nothing(tmp_path: Path, scattered: MappedSource) -> None:
+def test_rows_of_a_file_are_those_of_its_map(tmp_path: Path, scattered: MappedSource) -> None:
     rows = Rows.behind(np.load(tmp_path / "scattered.npy", mmap_mode="r"))
     on_disk = MappedSource(rows, scattered.targets, scattered.rows)
     index = torch.tensor([3, 0, 0, 5])
-    for source in (on_disk, scattered):
-        source.expect(index)
-        assert torch.equal(source.gather(index), scattered.gather(index))
+    assert torch.equal(on_disk.gather(index), scattered.gather(index))
+    both = [list(source.ahead([index, index[:1]])) for source in (on_disk, scattered)]
+    assert all(map(torch.equal, *both))
+    assert [len(part) for part in both[0]] == [4, 1]
 
 
 def test_what_is_gathered_may_be_written_to(mapped: MappedSource) -> None:

@@ -7,8 +7,8 @@ million), as `image_folder` writes what it decodes. Then, each in a process of i
 "disk" draws from all of them and leaves them in their file, "memory" from the first --held of
 them, all held. Jobs: "load" goes through all images in a random order, gathers and normalises
 them, nothing else, in batches of 32; "train" takes --steps steps of a small convolutional network
-on such batches. Then "disk" again with a file of which the system holds nothing ("cold"), with and
-without announcing what comes next. One thread. Resident is the largest that the process had,
+on such batches. Then "disk" again with a file of which the system holds nothing ("cold"). One
+thread beside the one that reads. Resident is the largest that the process had,
 what PyTorch takes included.
 """
 
@@ -27,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from clbench import cache, machine
@@ -38,13 +37,6 @@ from clbench.rows import Rows
 from clbench.samples import Batch, MappedSource, Samples, Source, TensorSource
 
 SHAPE, CLASSES, BATCH, AT_ONCE = (3, 64, 64), 100, 32, 4096
-
-
-class Unannounced(MappedSource):
-    """Tells the disk nothing in advance."""
-
-    def expect(self, index: Tensor) -> None:
-        pass
 
 
 def stored(folder: Path, images: int) -> np.ndarray:
@@ -69,8 +61,6 @@ def source(kind: str, mapped: np.ndarray, held: int) -> Source:
             some = np.arange(start, min(start + AT_ONCE, held))
             whole[start : start + len(some)] = torch.from_numpy(rows[some])
         return TensorSource(whole, labels[:held])
-    if kind == "cold":
-        return Unannounced(Rows.behind(mapped), labels)
     return MappedSource(Rows.behind(mapped), labels)
 
 
@@ -92,7 +82,7 @@ def job(kind: str, name: str, folder: Path, images: int, held: int, steps: int) 
     """One case in this process; prints its line."""
     torch.set_num_threads(1)
     mapped = stored(folder, images)
-    if kind.startswith("cold"):
+    if kind == "cold":
         _forget(mapped)
     data = source(kind, mapped, held)
     transform = ImageTransform((0.5,) * 3, (0.3,) * 3)
@@ -159,7 +149,7 @@ _WARM = ("memory", "disk")
 def _round() -> Iterator[dict[str, float]]:
     """Every case once, each in a process of its own."""
     cases = [(k, j) for j in ("load", "train") for k in _WARM]
-    for kind, name in (*cases, ("cold", "train"), ("cold, announced", "train")):
+    for kind, name in (*cases, ("cold", "train")):
         command = [sys.executable, *sys.argv, "--case", kind, name]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         print(done.stdout, end="", flush=True)
