@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from torch import nn
 
 from clbench import userspace
 from clbench.config import build
@@ -20,6 +22,17 @@ from clbench.types import Strategy
 
 #: Arguments of the command line in, what a process would leave out.
 Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@dataclass(kw_only=True)
+class Headless(ToyScenario):
+    """A model without features of its own."""
+
+    def model(self, seed: int, stream: object) -> nn.Module:  # noqa: ARG002
+        return nn.Sequential(nn.Flatten(), nn.Linear(36, 6))
+
+    def model_facts(self, model: nn.Module) -> Mapping[str, Any]:  # noqa: ARG002
+        return {}
 
 
 def composed(*overrides: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from omegaconf import OmegaConf
-from suite import composed, configured
+from suite import Headless, composed, configured
 from torch import Tensor, nn
 
 from clbench import compiling, from_python, protocol, userspace
@@ -296,17 +296,6 @@ def test_rows_of_a_board_are_told_apart_by_it(
         from_python.run(ToyScenario(epochs=1), Finetune(), compile=on, results_dir=tmp_path)
     (board,) = leaderboard.build(results.read(tmp_path)).boards
     assert sorted(board.table["strategy"]) == ["finetune", "finetune (compile=True)"]
-
-
-@dataclass(kw_only=True)
-class Headless(ToyScenario):
-    """A model without features of its own."""
-
-    def model(self, seed: int, stream: object) -> nn.Module:  # noqa: ARG002
-        return nn.Sequential(nn.Flatten(), nn.Linear(36, 6))
-
-    def model_facts(self, model: nn.Module) -> Mapping[str, Any]:  # noqa: ARG002
-        return {}
 
 
 @dataclass(kw_only=True)

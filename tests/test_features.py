@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from suite import Headless
 from torch import nn
 
 from clbench import features, from_python, machine, protocol
@@ -236,17 +236,6 @@ def test_a_head_may_train_on_them_but_not_on_augmented_ones(tmp_path: Path) -> N
     assert kept.costs["backward_samples"] == plain.costs["backward_samples"]
     with pytest.raises(UserError, match=r"augment.*cache_features=false"):
         run(ToyScenario(flip=True), Probe(), KEPT, tmp_path)
-
-
-@dataclass(kw_only=True)
-class Headless(ToyScenario):
-    """A model without features of its own."""
-
-    def model(self, seed: int, stream: object) -> nn.Module:  # noqa: ARG002
-        return nn.Sequential(nn.Flatten(), nn.Linear(36, 6))
-
-    def model_facts(self, model: nn.Module) -> Mapping[str, Any]:  # noqa: ARG002
-        return {}
 
 
 def test_a_model_without_features_is_refused(tmp_path: Path) -> None:
